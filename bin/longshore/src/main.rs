@@ -1,0 +1,3 @@
+//! The daemon and the command line: the composition root.
+
+fn main() {}

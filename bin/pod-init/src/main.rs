@@ -1,0 +1,3 @@
+//! The init of a pod that shares one pid namespace.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The CRI surface over gRPC: validate, call, map.

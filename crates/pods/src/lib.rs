@@ -1,0 +1,1 @@
+//! Pods, containers and execs: states, admission, recovery, events.

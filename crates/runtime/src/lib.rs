@@ -1,0 +1,18 @@
+//! The runtime seam: how the daemon runs containers without knowing what runs
+//! them.
+//!
+//! ```text
+//!  pods ──► trait Runtime ──► shim_v2/  one shim per pod, over ttrpc
+//!               │              (conmon/  one monitor per container, to come)
+//!               └────────────► fake      in memory, feature `test-util`
+//!  pods ◄── RuntimeEvent ◄──── exits come back only as events
+//! ```
+//!
+//! A process boundary lies behind the trait; the fake stands beside it.
+
+mod api;
+#[cfg(feature = "test-util")]
+pub mod fake;
+pub mod shim_v2;
+
+pub use api::*;

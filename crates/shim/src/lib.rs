@@ -1,0 +1,1 @@
+//! The shim: ttrpc services, task states, exit ordering.

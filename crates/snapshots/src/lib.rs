@@ -1,0 +1,1 @@
+//! Root file systems: the trait and its overlayfs implementation.

@@ -1,0 +1,1 @@
+//! Standard IO of processes: FIFOs, terminals, files, the CRI log, capped sinks and drains.

@@ -1,0 +1,1 @@
+//! All unsafe code: descriptors, pidfds, namespaces, mounts, terminals.

@@ -1,0 +1,1 @@
+//! For tests only: temporary roots, test images, peers' daemons.
