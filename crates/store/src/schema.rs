@@ -1,0 +1,108 @@
+//! The schema, as steps that only add.
+//!
+//! `PRAGMA user_version` counts the steps that a database has seen. A release
+//! runs the steps that it knows and the database lacks; one that meets a higher
+//! number than its own leaves the schema alone, since what it knows is still
+//! there. So never drop, rename or retype: add tables, and columns with defaults.
+
+use crate::SqlExt;
+use rusqlite::Connection;
+use types::Result;
+
+const STEPS: &[&str] = &["
+CREATE TABLE meta (
+    key   TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE pods (
+    id            TEXT PRIMARY KEY,
+    name_key      TEXT NOT NULL UNIQUE,
+    created_at_ns INTEGER NOT NULL,
+    config_json   TEXT NOT NULL,
+    state_json    TEXT NOT NULL
+);
+
+CREATE TABLE containers (
+    id            TEXT PRIMARY KEY,
+    pod_id        TEXT NOT NULL,
+    name_key      TEXT NOT NULL UNIQUE,
+    created_at_ns INTEGER NOT NULL,
+    config_json   TEXT NOT NULL,
+    state_json    TEXT NOT NULL
+);
+CREATE INDEX containers_of_pod ON containers (pod_id);
+
+CREATE TABLE timeline (
+    pod_id TEXT PRIMARY KEY,
+    json   TEXT NOT NULL
+);
+
+CREATE TABLE images (
+    id            TEXT PRIMARY KEY,
+    chain_id      TEXT NOT NULL,
+    size          INTEGER NOT NULL,
+    created_at_ns INTEGER NOT NULL,
+    config        BLOB NOT NULL
+);
+CREATE TABLE image_refs (
+    reference TEXT PRIMARY KEY,
+    image_id  TEXT NOT NULL
+);
+CREATE INDEX refs_of_image ON image_refs (image_id);
+CREATE TABLE image_manifests (
+    digest     TEXT PRIMARY KEY,
+    image_id   TEXT NOT NULL,
+    media_type TEXT NOT NULL,
+    body       BLOB NOT NULL
+);
+
+CREATE TABLE snapshots (
+    -- never reused, so that a directory left behind can't be taken for a new one
+    id            INTEGER PRIMARY KEY AUTOINCREMENT,
+    key           TEXT NOT NULL UNIQUE,
+    kind          TEXT NOT NULL,
+    parent        INTEGER,
+    kept          INTEGER NOT NULL DEFAULT 0,
+    bytes         INTEGER NOT NULL DEFAULT 0,
+    inodes        INTEGER NOT NULL DEFAULT 0,
+    created_at_ns INTEGER NOT NULL
+);
+CREATE INDEX children_of_snapshot ON snapshots (parent);
+"];
+
+/// Brings `connection`'s schema forward, each step in its own transaction.
+pub(crate) fn migrate(connection: &mut Connection) -> Result<()> {
+    let version: i64 =
+        connection.query_row("PRAGMA user_version", [], |row| row.get(0)).sql(|| "read the schema's version".into())?;
+    let done = usize::try_from(version).unwrap_or(0);
+    for (index, step) in STEPS.iter().enumerate().skip(done) {
+        let number = index + 1;
+        let what = || format!("migrate the schema to version {number}");
+        let transaction = connection.transaction().sql(what)?;
+        transaction.execute_batch(step).sql(what)?;
+        transaction.pragma_update(None, "user_version", i64::try_from(number).unwrap_or(i64::MAX)).sql(what)?;
+        transaction.commit().sql(what)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_newer_releases_schema_is_left_alone() {
+        let mut c = Connection::open_in_memory().unwrap();
+        migrate(&mut c).unwrap();
+        c.execute_batch("ALTER TABLE pods ADD COLUMN colour TEXT DEFAULT 'red'; PRAGMA user_version = 999").unwrap();
+        migrate(&mut c).unwrap();
+        let version: i64 = c.query_row("PRAGMA user_version", [], |r| r.get(0)).unwrap();
+        assert_eq!(version, 999);
+        c.execute(
+            "INSERT INTO pods (id, name_key, created_at_ns, config_json, state_json) VALUES ('a','a',0,'','')",
+            [],
+        )
+        .unwrap();
+    }
+}

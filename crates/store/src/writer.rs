@@ -1,0 +1,152 @@
+//! The one thread that writes.
+//!
+//! ```text
+//! Store::write ──mpsc──▶ thread: [PRAGMA synchronous] BEGIN IMMEDIATE, f, COMMIT
+//!      ▲                            │ disk full: give up the ballast, once more
+//!      └────────oneshot─────────────┘
+//! ```
+
+use crate::ballast::Ballast;
+use crate::{Durability, SqlExt};
+use rusqlite::{Connection, Transaction, TransactionBehavior};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
+use tokio::sync::oneshot;
+use types::{Error, ErrorKind, Result, ResultExt};
+
+pub(crate) struct Writer {
+    queue: Sender<Message>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+enum Message {
+    Run(Durability, Box<dyn Job>),
+    Stop,
+}
+
+/// A transaction whose result type is hidden from the thread.
+trait Job: Send {
+    fn run(&mut self, transaction: &Transaction<'_>) -> Result<()>;
+    fn finish(self: Box<Self>, outcome: Result<()>);
+}
+
+struct Request<F, T> {
+    f: F,
+    value: Option<T>,
+    reply: oneshot::Sender<Result<T>>,
+}
+
+impl<T, F> Job for Request<F, T>
+where
+    T: Send,
+    F: FnMut(&Transaction<'_>) -> Result<T> + Send,
+{
+    fn run(&mut self, transaction: &Transaction<'_>) -> Result<()> {
+        self.value = Some((self.f)(transaction)?);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, outcome: Result<()>) {
+        let result = match (outcome, self.value) {
+            (Ok(()), Some(value)) => Ok(value),
+            (Ok(()), None) => Err(Error::internal("database transaction gave no result")),
+            (Err(e), _) => Err(e),
+        };
+        // The caller may be gone; the transaction stands all the same.
+        let _ = self.reply.send(result);
+    }
+}
+
+impl Writer {
+    pub(crate) fn start(connection: Connection, dir: &Path) -> Result<Self> {
+        let (queue, requests) = channel();
+        let mut state = State { connection, ballast: Ballast::new(dir), durability: Durability::Normal };
+        let thread = std::thread::Builder::new()
+            .name("store-writer".into())
+            .spawn(move || state.serve(&requests))
+            .context(|| "start the database's writer thread".into())?;
+        Ok(Self { queue, thread: Mutex::new(Some(thread)) })
+    }
+
+    pub(crate) fn send<T, F>(&self, durability: Durability, f: F) -> Result<oneshot::Receiver<Result<T>>>
+    where
+        T: Send + 'static,
+        F: FnMut(&Transaction<'_>) -> Result<T> + Send + 'static,
+    {
+        let (reply, answer) = oneshot::channel();
+        let job = Box::new(Request { f, value: None, reply });
+        self.queue.send(Message::Run(durability, job)).map_err(|_| closed())?;
+        Ok(answer)
+    }
+
+    /// Waits until all that was sent before has been carried out.
+    pub(crate) fn stop(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = self.queue.send(Message::Stop);
+            if thread.join().is_err() {
+                tracing::error!("the database's writer thread had panicked");
+            }
+        }
+    }
+}
+
+pub(crate) fn closed() -> Error {
+    Error::unavailable("the database is closed")
+}
+
+struct State {
+    connection: Connection,
+    ballast: Ballast,
+    durability: Durability,
+}
+
+impl State {
+    fn serve(&mut self, requests: &Receiver<Message>) {
+        while let Ok(Message::Run(durability, mut job)) = requests.recv() {
+            let mut outcome = self.attempt(durability, job.as_mut());
+            if let Err(error) = &outcome
+                && self.blames_the_disk(error)
+                && self.ballast.give_up()
+            {
+                outcome = self.attempt(durability, job.as_mut());
+            }
+            let committed = outcome.is_ok();
+            job.finish(outcome);
+            if committed {
+                self.ballast.restore();
+            }
+        }
+    }
+
+    fn attempt(&mut self, durability: Durability, job: &mut dyn Job) -> Result<()> {
+        if durability != self.durability {
+            let level = match durability {
+                Durability::Normal => "NORMAL",
+                Durability::Full => "FULL",
+            };
+            self.connection
+                .pragma_update(None, "synchronous", level)
+                .sql(|| format!("set the database's synchronous mode to {level}"))?;
+            self.durability = durability;
+        }
+        let transaction = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .sql(|| "begin a database transaction".into())?;
+        job.run(&transaction)?;
+        transaction.commit().sql(|| "commit to the database".into())
+    }
+
+    /// SQLite reports a full disk as `SQLITE_FULL` or, from the shared-memory
+    /// file, as a plain IO error.
+    fn blames_the_disk(&self, error: &Error) -> bool {
+        match error.kind() {
+            ErrorKind::ResourceExhausted => true,
+            ErrorKind::Internal => self.ballast.disk_is_tight(),
+            _ => false,
+        }
+    }
+}
