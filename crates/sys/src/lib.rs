@@ -1,1 +1,10 @@
 //! All unsafe code: descriptors, pidfds, namespaces, mounts, terminals.
+pub mod malloc;
+pub mod pidfd;
+pub mod process;
+pub mod pty;
+
+pub mod link;
+pub mod mount;
+pub mod namespace;
+pub mod ns_helper;
