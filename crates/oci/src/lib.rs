@@ -1,1 +1,90 @@
 //! The OCI runtime seam: the trait, and a runc-compatible binary behind it.
+//!
+//! ```text
+//! Runtime (trait)  what a shim or a monitor asks of a runtime
+//!   command.rs     a runc-compatible binary (runc, crun, youki)
+//!   message.rs     what such a binary's own words mean
+//! children.rs      whose process is whose: the one reaper of a shim or monitor
+//! detect.rs        which runtime this node has, and why others are passed over
+//! ```
+
+mod children;
+mod command;
+mod detect;
+mod message;
+
+pub use children::{Call, Child, Children, Status};
+pub use command::{Command, Config};
+pub use detect::{Found, detect, find_binary};
+
+use async_trait::async_trait;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use types::Result;
+
+/// The standard streams that a container's or an exec's process inherits; what
+/// is absent is /dev/null.
+#[derive(Debug, Default)]
+pub struct Stdio {
+    /// Descriptor 0.
+    pub stdin: Option<OwnedFd>,
+    /// Descriptor 1.
+    pub stdout: Option<OwnedFd>,
+    /// Descriptor 2.
+    pub stderr: Option<OwnedFd>,
+}
+
+/// What `create` and `exec` need beside the container's name.
+#[derive(Debug)]
+pub struct Launch {
+    /// The process's standard streams; unused where there is a terminal.
+    pub stdio: Stdio,
+    /// Where the runtime sends a terminal's master end.
+    pub console_socket: Option<PathBuf>,
+    /// The file that the runtime writes the pid to; removed afterwards.
+    pub pid_file: PathBuf,
+}
+
+/// What the runtime itself says of a container.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+pub struct State {
+    /// `creating`, `created`, `running`, `paused` or `stopped`.
+    pub status: String,
+    /// Init's pid; 0 where it has none.
+    #[serde(default)]
+    pub pid: i32,
+    /// The bundle's path.
+    #[serde(default)]
+    pub bundle: PathBuf,
+}
+
+/// An OCI runtime. Every call has a deadline of its own, after which the
+/// runtime is killed and the error says so.
+///
+/// Dropping a call's future kills nothing: whoever calls from a task that may
+/// be cancelled must let another task own the call.
+#[async_trait]
+pub trait Runtime: Send + Sync {
+    /// Creates the container; its init waits for `start`.
+    async fn create(&self, id: &str, bundle: &Path, launch: Launch) -> Result<Child>;
+    /// Lets a created container's init run.
+    async fn start(&self, id: &str) -> Result<()>;
+    /// Runs one more process, whose OCI process document is the file `process`.
+    async fn exec(&self, id: &str, process: &Path, launch: Launch) -> Result<Child>;
+    /// Sends a signal to init by its number.
+    async fn kill(&self, id: &str, signal: types::Signal) -> Result<()>;
+    /// Removes what the runtime keeps of the container; `force` kills it first.
+    async fn delete(&self, id: &str, force: bool) -> Result<()>;
+    /// What the runtime knows of the container.
+    async fn state(&self, id: &str) -> Result<State>;
+    /// Freezes the container.
+    async fn pause(&self, id: &str) -> Result<()>;
+    /// Thaws it.
+    async fn resume(&self, id: &str) -> Result<()>;
+    /// Changes its limits; `resources` is the OCI document's JSON.
+    async fn update(&self, id: &str, resources: &[u8]) -> Result<()>;
+    /// The runtime's features document, `None` where it is too old to have one.
+    async fn features(&self) -> Result<Option<serde_json::Value>>;
+    /// Its version as it prints it, first line's last word.
+    async fn version(&self) -> Result<String>;
+}

@@ -1,0 +1,293 @@
+//! A runc-compatible binary behind the seam.
+//!
+//! Each call is one short-lived process. It is spawned by `std` (vfork-like, so
+//! the cost does not grow with us), awaited by pidfd, and killed at its
+//! deadline. Its environment is PATH alone, and every descriptor of ours is
+//! close-on-exec, so nothing but the three standard streams reaches it or the
+//! container (CVE-2024-21626).
+
+use crate::{Child, Children, Launch, Runtime, State, Stdio, message};
+use async_trait::async_trait;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
+
+/// How a runtime's binary is called.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The binary.
+    pub binary: PathBuf,
+    /// The runtime's state directory (`--root`); its own default where `None`.
+    pub root: Option<PathBuf>,
+    /// Where its short-lived log and pid files go; a directory of ours.
+    pub scratch: PathBuf,
+    /// Cgroups are systemd's (`--systemd-cgroup`).
+    pub systemd_cgroup: bool,
+    /// `create --no-pivot`.
+    pub no_pivot: bool,
+    /// `create --no-new-keyring`.
+    pub no_new_keyring: bool,
+    /// The longest that a call may take; `create` and `exec` may wait for cold
+    /// disks, the others don't.
+    pub deadline: Duration,
+}
+
+impl Config {
+    /// Defaults for a binary: its own state directory, 60 s per call.
+    pub fn new(binary: impl Into<PathBuf>, scratch: impl Into<PathBuf>) -> Self {
+        Self {
+            binary: binary.into(),
+            root: None,
+            scratch: scratch.into(),
+            systemd_cgroup: false,
+            no_pivot: false,
+            no_new_keyring: false,
+            deadline: Duration::from_secs(60),
+        }
+    }
+}
+
+/// A runc-compatible binary.
+#[derive(Debug, Clone)]
+pub struct Command {
+    config: Config,
+    children: Children,
+}
+
+/// How one call went.
+struct Output {
+    status: ExitStatus,
+    stdout: Option<File>,
+    log: String,
+}
+
+enum Capture {
+    /// Standard output is of no interest.
+    No,
+    /// Standard output goes to memory and is read afterwards.
+    Stdout,
+}
+
+impl Command {
+    /// The binary of `config`; its processes enter the book `children`.
+    pub fn new(config: Config, children: Children) -> Self {
+        Self { config, children }
+    }
+
+    /// How it is configured.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn name(&self) -> String {
+        self.config.binary.file_name().unwrap_or(self.config.binary.as_os_str()).to_string_lossy().into_owned()
+    }
+
+    /// Spawns `runtime GLOBAL… verb args… `, waits for it and reads its log.
+    async fn run(&self, verb: &str, args: &[&OsStr], stdio: Stdio, capture: Capture) -> Result<Output> {
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let log = self.config.scratch.join(format!("oci-{verb}-{serial}.log"));
+        let mut command = std::process::Command::new(&self.config.binary);
+        command.env_clear();
+        if let Some(path) = std::env::var_os("PATH") {
+            command.env("PATH", path);
+        }
+        if let Some(root) = &self.config.root {
+            command.arg("--root").arg(root);
+        }
+        command.arg("--log").arg(&log).args(["--log-format", "json"]);
+        if self.config.systemd_cgroup {
+            command.arg("--systemd-cgroup");
+        }
+        command.arg(verb).args(args);
+        let stdout = match capture {
+            Capture::No => None,
+            Capture::Stdout => Some(memory_file()?),
+        };
+        set_stdio(&mut command, stdio, stdout.as_ref())?;
+        let spawned = command.spawn().context(|| format!("start {} for {verb}", self.config.binary.display()));
+        // The command holds our copies of the container's streams.
+        drop(command);
+        let pid = i32::try_from(spawned?.id()).unwrap_or(-1);
+        let child = self.children.adopt(pid)?;
+        let status = match tokio::time::timeout(self.config.deadline, child.wait()).await {
+            Ok(s) => s.status,
+            Err(_) => {
+                let _ = child.signal(Signal::KILL);
+                child.wait().await;
+                let _ = std::fs::remove_file(&log);
+                return Err(Error::deadline(format!(
+                    "{} {verb} took longer than {} s and was killed",
+                    self.name(),
+                    self.config.deadline.as_secs()
+                )));
+            }
+        };
+        // Only failures are of interest; a file that isn't there says nothing.
+        let text = if status == ExitStatus::Code(0) { String::new() } else { read_capped(&log) };
+        let _ = std::fs::remove_file(&log);
+        Ok(Output { status, stdout, log: text })
+    }
+
+    /// The same for one container: a failure names runtime, call, container and
+    /// the runtime's own words.
+    async fn call(&self, verb: &str, id: &str, args: &[&OsStr], stdio: Stdio, capture: Capture) -> Result<Output> {
+        let what = || format!("{} {verb} of container {id}", self.name());
+        let out = self.run(verb, args, stdio, capture).await.map_err(|e| e.within(what()))?;
+        if out.status == ExitStatus::Code(0) {
+            return Ok(out);
+        }
+        let words = message::last_error(&out.log);
+        let kind = words.as_deref().map_or(ErrorKind::Internal, message::kind);
+        let words = words.unwrap_or_else(|| match out.status {
+            ExitStatus::Signal(n) => format!("it was killed by signal {n}"),
+            other => format!("it exited with {} and wrote no error", other.code()),
+        });
+        Err(Error::new(kind, format!("{}: {words}", what())))
+    }
+
+    async fn simple(&self, verb: &str, id: &str, args: &[&str]) -> Result<()> {
+        let args: Vec<&OsStr> = args.iter().map(OsStr::new).collect();
+        self.call(verb, id, &args, Stdio::default(), Capture::No).await.map(drop)
+    }
+
+    /// Runs `create` or `exec` and adopts the process that it names, before the
+    /// call counts as ended.
+    async fn launch(&self, verb: &str, id: &str, head: &[&OsStr], launch: Launch) -> Result<Child> {
+        let guard = self.children.begin_call();
+        let mut args: Vec<&OsStr> = head.to_vec();
+        args.extend([OsStr::new("--pid-file"), launch.pid_file.as_os_str()]);
+        if let Some(socket) = &launch.console_socket {
+            args.extend([OsStr::new("--console-socket"), socket.as_os_str()]);
+        }
+        args.push(OsStr::new(id));
+        let done = self.call(verb, id, &args, launch.stdio, Capture::No).await;
+        let pid = std::fs::read_to_string(&launch.pid_file);
+        let _ = std::fs::remove_file(&launch.pid_file);
+        done?;
+        let pid: i32 = pid
+            .context(|| format!("{} {verb} of container {id} left no pid file", self.name()))?
+            .trim()
+            .parse()
+            .context(|| format!("{} {verb} of container {id} left a pid file without a number", self.name()))?;
+        let child = self.children.adopt(pid).map_err(|e| e.within(format!("{verb} of container {id}")))?;
+        drop(guard);
+        Ok(child)
+    }
+}
+
+#[async_trait]
+impl Runtime for Command {
+    async fn create(&self, id: &str, bundle: &Path, launch: Launch) -> Result<Child> {
+        let mut args = vec![OsStr::new("--bundle"), bundle.as_os_str()];
+        if self.config.no_pivot {
+            args.push(OsStr::new("--no-pivot"));
+        }
+        if self.config.no_new_keyring {
+            args.push(OsStr::new("--no-new-keyring"));
+        }
+        self.launch("create", id, &args, launch).await
+    }
+
+    async fn start(&self, id: &str) -> Result<()> {
+        self.simple("start", id, &[id]).await
+    }
+
+    async fn exec(&self, id: &str, process: &Path, launch: Launch) -> Result<Child> {
+        let args = [OsStr::new("--process"), process.as_os_str(), OsStr::new("--detach")];
+        self.launch("exec", id, &args, launch).await
+    }
+
+    async fn kill(&self, id: &str, signal: Signal) -> Result<()> {
+        self.simple("kill", id, &[id, &signal.number().to_string()]).await
+    }
+
+    async fn delete(&self, id: &str, force: bool) -> Result<()> {
+        if force { self.simple("delete", id, &["--force", id]).await } else { self.simple("delete", id, &[id]).await }
+    }
+
+    async fn state(&self, id: &str) -> Result<State> {
+        let out = self.call("state", id, &[OsStr::new(id)], Stdio::default(), Capture::Stdout).await?;
+        serde_json::from_slice(&stdout_of(out)?)
+            .context(|| format!("{} state of container {id} printed no state", self.name()))
+    }
+
+    async fn pause(&self, id: &str) -> Result<()> {
+        self.simple("pause", id, &[id]).await
+    }
+
+    async fn resume(&self, id: &str) -> Result<()> {
+        self.simple("resume", id, &[id]).await
+    }
+
+    async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        use std::io::Write;
+        let mut file = memory_file()?;
+        file.write_all(resources).and_then(|()| file.rewind()).context(|| "hand over resources".into())?;
+        let stdio = Stdio { stdin: Some(OwnedFd::from(file)), ..Stdio::default() };
+        let args = ["--resources", "-", id].map(OsStr::new);
+        self.call("update", id, &args, stdio, Capture::No).await.map(drop)
+    }
+
+    async fn features(&self) -> Result<Option<serde_json::Value>> {
+        let out = self.run("features", &[], Stdio::default(), Capture::Stdout).await?;
+        if out.status != ExitStatus::Code(0) {
+            return Ok(None);
+        }
+        Ok(serde_json::from_slice(&stdout_of(out)?).ok())
+    }
+
+    async fn version(&self) -> Result<String> {
+        let mut out = self.run("--version", &[], Stdio::default(), Capture::Stdout).await?;
+        if out.status != ExitStatus::Code(0) {
+            let words = message::last_error(&out.log).unwrap_or_default();
+            return Err(Error::internal(format!("{} --version failed: {words}", self.config.binary.display())));
+        }
+        out.log.clear();
+        let text = String::from_utf8_lossy(&stdout_of(out)?).into_owned();
+        Ok(text.lines().next().and_then(|l| l.split_whitespace().last()).unwrap_or("unknown").to_string())
+    }
+}
+
+/// A file in memory, as a place for output that is read when its writer has ended.
+fn memory_file() -> Result<File> {
+    rustix::fs::memfd_create("oci", rustix::fs::MemfdFlags::CLOEXEC)
+        .map(File::from)
+        .context(|| "make a file in memory for a runtime's output".into())
+}
+
+fn set_stdio(command: &mut std::process::Command, stdio: Stdio, stdout: Option<&File>) -> Result<()> {
+    let or_null = |fd: Option<OwnedFd>| fd.map_or_else(std::process::Stdio::null, std::process::Stdio::from);
+    command.stdin(or_null(stdio.stdin)).stderr(or_null(stdio.stderr));
+    match stdout {
+        Some(f) => command.stdout(f.try_clone().context(|| "share a file in memory".into())?),
+        None => command.stdout(or_null(stdio.stdout)),
+    };
+    Ok(())
+}
+
+fn stdout_of(out: Output) -> Result<Vec<u8>> {
+    let Some(mut file) = out.stdout else { return Ok(Vec::new()) };
+    let mut bytes = Vec::new();
+    file.rewind()
+        .and_then(|()| file.take(1 << 20).read_to_end(&mut bytes))
+        .context(|| "read a runtime's output".into())?;
+    Ok(bytes)
+}
+
+/// The first 64 KiB of a log; a runtime's words are never longer, a hostile
+/// configuration's may be.
+fn read_capped(path: &Path) -> String {
+    let mut bytes = Vec::new();
+    if let Ok(f) = File::open(path) {
+        let _ = f.take(64 << 10).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
