@@ -144,6 +144,26 @@ pub fn open(path: &Path) -> Result<OwnedFd> {
         .context(|| format!("open the namespace {}", path.display()))
 }
 
+/// Opens a namespace of the process that has the number `pid` now, and that still
+/// runs afterwards: a number that was given to another process meanwhile would not
+/// be seen otherwise.
+///
+/// # Errors
+/// `FailedPrecondition` when there is no such process or it has ended.
+pub fn open_of(pid: u32, kind: Kind) -> Result<OwnedFd> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+    let what = || format!("open the {} namespace of process {pid}", kind.name());
+    let ended = || Error::precondition(what()).because("it has ended");
+    let number = i32::try_from(pid).ok().filter(|n| *n > 0).and_then(Pid::from_raw).ok_or_else(ended)?;
+    let process = pidfd_open(number, PidfdFlags::empty()).map_err(|e| ended().because(e))?;
+    let path = format!("/proc/{pid}/ns/{}", kind.name());
+    let fd = open(Path::new(&path)).map_err(|e| if e.is_not_found() { ended() } else { e })?;
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let readable = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&now)).context(what)?;
+    if readable == 0 { Ok(fd) } else { Err(ended()) }
+}
+
 /// The number that tells one namespace from another, as `lsns` shows it.
 ///
 /// # Errors
@@ -222,6 +242,7 @@ pub fn sysctl_namespace(key: &str) -> Option<Kind> {
     } else if path.starts_with("kernel/shm")
         || path.starts_with("kernel/msg")
         || path == "kernel/sem"
+        || path == "kernel/auto_msgmni"
         || path.starts_with("fs/mqueue/")
     {
         Some(Kind::Ipc)
