@@ -120,6 +120,12 @@ impl Error {
         self.kind == ErrorKind::NotFound
     }
 
+    /// The same words and kind once more, for each of several who wait.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self::new(self.kind, self.to_string())
+    }
+
     /// Joins the failures of a cleanup that went on to its end: none is `Ok`,
     /// one is itself, several become one error that lists them all.
     pub fn join(context: &str, mut errors: Vec<Error>) -> Result<()> {

@@ -1,0 +1,239 @@
+//! The configuration: one documented file of defaults, over which the operator's
+//! files are laid key by key.
+
+use anyhow::{Context, bail};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+
+/// Every key with its default and its meaning: also what `longshore config` prints.
+const DEFAULTS: &str = include_str!("config.toml");
+/// Read where it exists and no other file is named.
+const USUAL_FILE: &str = "/etc/longshore/config.toml";
+/// Tables whose keys are the operator's own names.
+const FREE_TABLES: [&str; 1] = ["images.registries"];
+
+/// The whole configuration; config.toml documents each key.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where CRI is served.
+    pub socket: PathBuf,
+    /// What survives a restart of the node.
+    pub root: PathBuf,
+    /// What does not.
+    pub state: PathBuf,
+    /// A level or directives.
+    pub log_level: String,
+    /// Shims and the OCI runtime.
+    pub runtime: RuntimeConfig,
+    /// What containers get.
+    pub containers: ContainersConfig,
+    /// Images and registries.
+    pub images: ImagesConfig,
+}
+
+/// `[runtime]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuntimeConfig {
+    /// The default handler's name.
+    pub handler: String,
+    /// The OCI runtime; empty to look for one.
+    pub binary: PathBuf,
+    /// The OCI runtime's state; empty for a place below `state`.
+    pub root: PathBuf,
+    /// The shim; empty to look for it.
+    pub shim: PathBuf,
+    /// The static init; empty to look for it.
+    pub pod_init: PathBuf,
+    /// Who makes cgroups.
+    pub cgroup_driver: CgroupDriver,
+    /// Where shims live; empty for the daemon's own cgroup.
+    pub shim_cgroup: String,
+    /// Seconds; 0 is for ever.
+    pub drain_exec_sync_io_timeout: u64,
+    /// Bytes.
+    pub log_line_limit: u32,
+    /// Seconds.
+    pub step_timeout: u64,
+}
+
+/// Who makes cgroups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CgroupDriver {
+    /// The OCI runtime, in the file system.
+    Cgroupfs,
+    /// systemd, over D-Bus.
+    Systemd,
+}
+
+/// `[containers]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContainersConfig {
+    /// The profile of a container that names none.
+    pub seccomp: Seccomp,
+    /// 0 is no limit.
+    pub pids_limit: i64,
+    /// Exact keys, or prefixes that end in `*`.
+    pub annotations: Vec<String>,
+}
+
+/// A seccomp profile for those that name none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Seccomp {
+    /// The default profile.
+    Default,
+    /// None.
+    Unconfined,
+}
+
+/// `[images]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImagesConfig {
+    /// Layers at once.
+    pub max_downloads: usize,
+    /// References.
+    pub pinned: Vec<String>,
+    /// By host, or "*".
+    pub registries: BTreeMap<String, Registry>,
+}
+
+/// One registry.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registry {
+    /// Base URLs, asked first, in order.
+    pub mirrors: Vec<String>,
+    /// http instead of https.
+    pub plain_http: bool,
+}
+
+impl Config {
+    /// The defaults with the operator's file and its drop-ins laid over them. A
+    /// `file` that is named must exist; the usual one need not.
+    ///
+    /// # Errors
+    /// Names the file, the line or the key, and the nearest known key.
+    pub fn load(file: Option<&Path>) -> anyhow::Result<Self> {
+        let mut all: Table = DEFAULTS.parse().context("the built-in defaults")?;
+        let known = all.clone();
+        let main = file.map_or_else(|| PathBuf::from(USUAL_FILE), Path::to_path_buf);
+        let mut files = Vec::new();
+        if file.is_some() || main.exists() {
+            files.push(main.clone());
+        }
+        files.extend(drop_ins(&main)?);
+        for path in files {
+            let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+            let table: Table = text.parse().with_context(|| format!("{} is no TOML", path.display()))?;
+            check_keys(&table, &known, "").with_context(|| path.display().to_string())?;
+            overlay(&mut all, table);
+        }
+        Value::Table(all).try_into().context("the configuration")
+    }
+}
+
+/// Prints every key with its default and comment.
+pub fn print_default() {
+    print!("{DEFAULTS}");
+}
+
+/// `config.toml.d/*.toml`, in the order of their names.
+fn drop_ins(main: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut dir = main.as_os_str().to_owned();
+    dir.push(".d");
+    let entries = match std::fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e).with_context(|| format!("read {}", dir.to_string_lossy())),
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "toml") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn overlay(base: &mut Table, over: Table) {
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(Value::Table(below)), Value::Table(above)) => overlay(below, above),
+            (_, value) => {
+                base.insert(key, value);
+            }
+        }
+    }
+}
+
+fn check_keys(table: &Table, known: &Table, at: &str) -> anyhow::Result<()> {
+    for (key, value) in table {
+        let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+        let Some(default) = known.get(key) else {
+            let nearest = known.keys().max_by(|a, b| {
+                strsim::jaro_winkler(a, key).total_cmp(&strsim::jaro_winkler(b, key))
+            });
+            match nearest {
+                Some(n) if at.is_empty() => bail!("the key {path:?} is not known; did you mean {n:?}?"),
+                Some(n) => bail!("the key {path:?} is not known; did you mean {:?}?", format!("{at}.{n}")),
+                None => bail!("the key {path:?} is not known"),
+            }
+        };
+        if let (Value::Table(inner), Value::Table(default)) = (value, default)
+            && !FREE_TABLES.contains(&path.as_str())
+        {
+            check_keys(inner, default, &path)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> anyhow::Result<Config> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.toml");
+        std::fs::write(&file, text).unwrap();
+        Config::load(Some(&file))
+    }
+
+    #[test]
+    fn the_defaults_are_complete_and_readable() {
+        let config = load("").unwrap();
+        assert_eq!(config.socket, Path::new("/run/longshore/longshore.sock"));
+        assert_eq!(config.runtime.drain_exec_sync_io_timeout, 15);
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_nearest_one() {
+        let e = load("[runtime]\ncgroup_drver = \"systemd\"\n").unwrap_err();
+        assert!(format!("{e:#}").contains("did you mean \"runtime.cgroup_driver\"?"), "{e:#}");
+        let e = load("sockt = \"/x\"\n").unwrap_err();
+        assert!(format!("{e:#}").contains("did you mean \"socket\"?"), "{e:#}");
+    }
+
+    #[test]
+    fn drop_ins_win_in_the_order_of_their_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.toml");
+        std::fs::write(&file, "log_level = \"a\"\n[images]\nmax_downloads = 9\n").unwrap();
+        std::fs::create_dir(dir.path().join("c.toml.d")).unwrap();
+        std::fs::write(dir.path().join("c.toml.d/2.toml"), "log_level = \"c\"\n").unwrap();
+        std::fs::write(dir.path().join("c.toml.d/1.toml"), "log_level = \"b\"\n[images.registries.\"x.io\"]\nmirrors=[\"http://m\"]\n").unwrap();
+        let config = Config::load(Some(&file)).unwrap();
+        assert_eq!(config.log_level, "c");
+        assert_eq!(config.images.max_downloads, 9);
+        assert_eq!(config.images.registries["x.io"].mirrors, ["http://m"]);
+    }
+}

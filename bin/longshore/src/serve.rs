@@ -1,0 +1,246 @@
+//! `longshore serve`: puts the daemon together, in the order in which its parts
+//! need each other, and takes it apart on SIGTERM. Containers run on.
+
+use crate::cli::ServeArgs;
+use crate::config::{CgroupDriver, Config, Seccomp};
+use anyhow::{Context, Result, bail};
+use cri::{Condition, Cri, Node};
+use images::Images;
+use pods::{Pods, PodsConfig, Shared};
+use runtime::shim_v2::{ShimConfig, ShimManager, Timeouts};
+use serde_json::json;
+use snapshots::{Overlay, Snapshotter};
+use std::fs::{DirBuilder, File, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use store::Store;
+use telemetry::{LogFormat, Timelines};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// containerd's CRI uses this namespace, and tools look there.
+const NAMESPACE: &str = "k8s.io";
+/// Where CNI plugins and `ip netns` look.
+const NETNS_DIR: &str = "/run/netns";
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What kept it from starting, by name.
+pub fn run(args: ServeArgs) -> Result<()> {
+    let mut config = Config::load(args.config.as_deref())?;
+    config.socket = args.socket.unwrap_or(config.socket);
+    config.root = args.root.unwrap_or(config.root);
+    config.state = args.state.unwrap_or(config.state);
+    config.log_level = args.log_level.unwrap_or(config.log_level);
+    for (what, path) in [("--socket", &config.socket), ("--root", &config.root), ("--state", &config.state)] {
+        if !path.is_absolute() {
+            bail!("{what} {} is not an absolute path", path.display());
+        }
+    }
+    telemetry::init_logging(&config.log_level, LogFormat::default())?;
+    sys::malloc::be_small();
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(64)
+        .thread_keep_alive(Duration::from_secs(2))
+        .thread_stack_size(512 << 10)
+        .build()
+        .context("start the async runtime")?;
+    tokio.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<()> {
+    // Signals are asked for first: one that comes during the start ends it tidily.
+    let mut term = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
+    // The state directory must let a user-namespaced pod's root pass to its bundle
+    // (CVE-2024-25621 asks for no more than that); the root nobody.
+    make_dir(&config.root, 0o700)?;
+    make_dir(&config.state, 0o711)?;
+    let _lock = lock(&config.root)?;
+
+    let store = Store::open(&config.root.join("db")).context("open the database")?;
+    let snapshots = Overlay::open(&config.root.join("snapshots"), store.clone()).await?;
+    let snapshots: Arc<dyn Snapshotter> = Arc::new(snapshots);
+    let images = Images::open(images_config(&config), store.clone(), snapshots.clone()).await?;
+
+    let binary = Some(config.runtime.binary.as_path()).filter(|p| !p.as_os_str().is_empty());
+    let found = oci::detect(binary).await;
+    let (runtime_ready, runtime_binary, runtime_info) = match &found {
+        Ok(found) => (Condition::good(), found.path.clone(), info_of(found)),
+        Err(e) => {
+            tracing::error!("no OCI runtime: {e}");
+            (Condition::bad("OciRuntimeMissing", e.to_string()), PathBuf::from("runc"), json!(null))
+        }
+    };
+    let features = found.as_ref().ok().and_then(|f| f.features.clone());
+    let node = pods::facts::node_facts(features.as_ref())?;
+    let (events_tx, events) = tokio::sync::mpsc::unbounded_channel();
+    let shim = find_binary(&config.runtime.shim, "containerd-shim-longshore-v2")?;
+    let runtime = ShimManager::new(shim_config(&config, &shim, &runtime_binary), events_tx).await?;
+
+    let shared = Shared {
+        config: pods_config(&config)?,
+        journal: pods::Journal::start(store.clone()),
+        store: store.clone(),
+        runtime,
+        images: images.clone(),
+        snapshots,
+        sandboxes: pods::sandbox::Sandboxes::prepare(pods::sandbox::SandboxDirs {
+            state: config.state.clone(),
+            netns: PathBuf::from(NETNS_DIR),
+        })?,
+        timelines: Timelines::new(),
+        events: pods::Events::default(),
+        registry: pods::Registry::default(),
+        node,
+        policy: policy(&config),
+    };
+    let idmap = shared.node.idmap_mounts;
+    let pods = Pods::start(Arc::new(shared), events).await?;
+    let node = Node {
+        version: env!("CARGO_PKG_VERSION").to_string(),
+        systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
+        runtime_ready,
+        network_ready: Condition::bad(
+            "NoPodNetwork",
+            "this version attaches pods to no network: each has a network namespace with lo alone",
+        ),
+        user_namespaces: idmap,
+        info: json!({ "runtime": runtime_info, "shim": shim, "root": config.root, "state": config.state }),
+    };
+    let listener = listen(&config.socket)?;
+    tracing::info!("longshore {} serves CRI on {}", node.version, config.socket.display());
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let stop = async {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        tracing::info!("stopping; containers run on");
+    };
+    cri::serve(Cri { pods: pods.clone(), images, node: Arc::new(node) }, listener, stop).await?;
+    pods.flush().await;
+    let _ = std::fs::remove_file(&config.socket);
+    drop(pods);
+    store.close();
+    Ok(())
+}
+
+fn info_of(found: &oci::Found) -> serde_json::Value {
+    let passed_over: Vec<_> =
+        found.passed_over.iter().map(|(name, reason)| json!({ "name": name, "reason": reason })).collect();
+    for (name, reason) in &found.passed_over {
+        tracing::warn!("the OCI runtime {name} is passed over: {reason}");
+    }
+    tracing::info!("the OCI runtime is {} {} ({})", found.name, found.version, found.path.display());
+    json!({ "name": found.name, "version": found.version, "path": found.path, "passedOver": passed_over })
+}
+
+fn make_dir(dir: &Path, mode: u32) -> Result<()> {
+    DirBuilder::new().recursive(true).mode(mode).create(dir).with_context(|| format!("make {}", dir.display()))?;
+    std::fs::set_permissions(dir, Permissions::from_mode(mode)).with_context(|| format!("chmod {}", dir.display()))
+}
+
+/// Two daemons on one root would each remove what the other made.
+fn lock(root: &Path) -> Result<File> {
+    let path = root.join("lock");
+    let file = File::create(&path).with_context(|| format!("make {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            bail!("another longshore serves from {}: stop it, or give this one another --root", root.display())
+        }
+        Err(std::fs::TryLockError::Error(e)) => Err(e).with_context(|| format!("lock {}", path.display())),
+    }
+}
+
+fn listen(socket: &Path) -> Result<UnixListener> {
+    if let Some(dir) = socket.parent() {
+        DirBuilder::new().recursive(true).mode(0o711).create(dir).with_context(|| format!("make {}", dir.display()))?;
+    }
+    // The lock on the root says that a socket that is there is nobody's.
+    match std::fs::remove_file(socket) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| format!("remove the old {}", socket.display()));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket).with_context(|| format!("listen on {}", socket.display()))?;
+    std::fs::set_permissions(socket, Permissions::from_mode(0o660))
+        .with_context(|| format!("chmod {}", socket.display()))?;
+    Ok(listener)
+}
+
+/// A binary that comes with us: as configured, beside our own, or on PATH.
+fn find_binary(configured: &Path, name: &str) -> Result<PathBuf> {
+    if !configured.as_os_str().is_empty() {
+        return Ok(configured.to_path_buf());
+    }
+    let own = std::env::current_exe().context("find our own binary")?;
+    if let Some(beside) = own.parent().map(|d| d.join(name)).filter(|p| p.is_file()) {
+        return Ok(beside);
+    }
+    oci::find_binary(name).with_context(|| format!("{name} is neither beside {} nor on PATH", own.display()))
+}
+
+fn images_config(config: &Config) -> images::ImagesConfig {
+    let registries = config.images.registries.iter().map(|(host, r)| {
+        let registry =
+            images::RegistryConfig { mirrors: r.mirrors.clone(), plain_http: r.plain_http, ..Default::default() };
+        (host.clone(), registry)
+    });
+    images::ImagesConfig {
+        root: config.root.join("images"),
+        registries: registries.collect(),
+        max_downloads: config.images.max_downloads,
+        platform: None,
+        pinned: config.images.pinned.clone(),
+    }
+}
+
+fn shim_config(config: &Config, shim: &Path, runtime_binary: &Path) -> ShimConfig {
+    let root = &config.runtime.root;
+    ShimConfig {
+        shim: shim.to_path_buf(),
+        runtime_binary: runtime_binary.to_path_buf(),
+        runtime_root: if root.as_os_str().is_empty() { config.state.join("oci") } else { root.clone() },
+        systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
+        state: config.state.clone(),
+        namespace: NAMESPACE.to_string(),
+        timeouts: Timeouts::default(),
+        shim_cgroup: Some(config.runtime.shim_cgroup.clone()).filter(|c| !c.is_empty()),
+    }
+}
+
+fn policy(config: &Config) -> spec::NodePolicy {
+    let mut policy = spec::NodePolicy {
+        cgroup_driver: match config.runtime.cgroup_driver {
+            CgroupDriver::Cgroupfs => spec::CgroupDriver::Cgroupfs,
+            CgroupDriver::Systemd => spec::CgroupDriver::Systemd,
+        },
+        default_seccomp: config.containers.seccomp == Seccomp::Default,
+        pids_limit: Some(config.containers.pids_limit).filter(|n| *n > 0),
+        ..Default::default()
+    };
+    policy.annotations.extend(config.containers.annotations.iter().cloned());
+    policy
+}
+
+fn pods_config(config: &Config) -> Result<PodsConfig> {
+    let drain = config.runtime.drain_exec_sync_io_timeout;
+    Ok(PodsConfig {
+        root: config.root.clone(),
+        state: config.state.clone(),
+        handlers: vec![config.runtime.handler.clone()],
+        drain_exec_sync_io_timeout: (drain > 0).then(|| Duration::from_secs(drain)),
+        log_line_limit: config.runtime.log_line_limit,
+        pod_init: find_binary(&config.runtime.pod_init, "longshore-pod-init")?,
+        operation_timeout: Duration::from_secs(config.runtime.step_timeout),
+    })
+}

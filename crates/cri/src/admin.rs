@@ -1,0 +1,70 @@
+//! Our own service beside CRI, for the command line.
+
+use crate::errors::status;
+use crate::server::Cri;
+use pods::PodFilter;
+use proto::admin::admin_server::Admin;
+use proto::admin::*;
+use std::path::Path;
+use tonic::{Request, Response, Status};
+use types::{Error, Result};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+impl Cri {
+    async fn import_file(&self, r: ImportRequest) -> Result<ImportResponse> {
+        let path = Path::new(&r.path);
+        if !path.is_absolute() {
+            return Err(Error::invalid(format!("{:?} is not an absolute path", r.path)));
+        }
+        let reference = Some(r.reference.as_str()).filter(|s| !s.is_empty());
+        let imported = self.images.import(path, reference).await?;
+        let images =
+            imported.into_iter().map(|i| ImportedImage { id: i.id, references: i.references }).collect();
+        Ok(ImportResponse { images })
+    }
+
+    fn find_timeline(&self, pod: &str) -> Result<TimelineResponse> {
+        let info = match self.pods.pod(pod) {
+            Ok(view) => view.pod.clone(),
+            Err(e) if e.is_not_found() => {
+                let all = self.pods.pods(&PodFilter::default());
+                // The newest of that name.
+                let named = |p: &&std::sync::Arc<pods::PodInfo>| {
+                    p.config.metadata.as_ref().is_some_and(|m| m.name == pod || p.name() == pod)
+                };
+                all.iter().rev().find(named).cloned().ok_or(e)?
+            }
+            Err(e) => return Err(e),
+        };
+        let spans = self
+            .pods
+            .timelines()
+            .get(&info.id)
+            .into_iter()
+            .map(|s| Span {
+                operation: s.operation,
+                step: s.step,
+                container: s.container,
+                started_at: s.started_at,
+                duration: s.duration.map_or(-1, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX)),
+                error: s.error.unwrap_or_default(),
+            })
+            .collect();
+        Ok(TimelineResponse { pod_id: info.id.clone(), pod_name: info.name(), spans })
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for Cri {
+    async fn import(&self, r: Request<ImportRequest>) -> Answer<ImportResponse> {
+        self.import_file(r.into_inner()).await.map(Response::new).map_err(status("Import"))
+    }
+    async fn timeline(&self, r: Request<TimelineRequest>) -> Answer<TimelineResponse> {
+        self.find_timeline(&r.get_ref().pod).map(Response::new).map_err(status("Timeline"))
+    }
+    async fn close_stdin(&self, r: Request<CloseStdinRequest>) -> Answer<CloseStdinResponse> {
+        self.pods.close_stdin(&r.get_ref().container_id).await.map_err(status("CloseStdin"))?;
+        Ok(Response::new(CloseStdinResponse {}))
+    }
+}

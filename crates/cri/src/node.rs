@@ -1,0 +1,124 @@
+//! Version, Status, RuntimeConfig: what the node is and can do.
+
+use crate::map;
+use ::pods::Pods;
+use proto::cri::*;
+use serde_json::json;
+use types::{Error, Result};
+
+/// A condition of Status.
+#[derive(Debug, Clone)]
+pub struct Condition {
+    /// Whether it holds.
+    pub holds: bool,
+    /// One word, where it does not.
+    pub reason: String,
+    /// A sentence, where it does not.
+    pub message: String,
+}
+
+impl Condition {
+    /// It holds.
+    pub fn good() -> Self {
+        Self { holds: true, reason: String::new(), message: String::new() }
+    }
+
+    /// It does not hold, and why.
+    pub fn bad(reason: &str, message: impl Into<String>) -> Self {
+        Self { holds: false, reason: reason.to_string(), message: message.into() }
+    }
+
+    fn message(&self, kind: &str) -> RuntimeCondition {
+        RuntimeCondition {
+            r#type: kind.to_string(),
+            status: self.holds,
+            reason: self.reason.clone(),
+            message: self.message.clone(),
+        }
+    }
+}
+
+/// What the composition root has found out about the node.
+pub struct Node {
+    /// Our version.
+    pub version: String,
+    /// Whether cgroups are made by systemd.
+    pub systemd_cgroup: bool,
+    /// RuntimeReady.
+    pub runtime_ready: Condition,
+    /// NetworkReady.
+    pub network_ready: Condition,
+    /// Whether user-namespaced pods can be run.
+    pub user_namespaces: bool,
+    /// For `crictl info`: runtimes found and passed over, paths, configuration.
+    pub info: serde_json::Value,
+}
+
+impl Node {
+    pub(crate) fn version(&self) -> VersionResponse {
+        VersionResponse {
+            version: "0.1.0".to_string(), // of the kubelet's API, as both peers say
+            runtime_name: "longshore".to_string(),
+            runtime_version: self.version.clone(),
+            runtime_api_version: "v1".to_string(),
+        }
+    }
+
+    pub(crate) fn status(&self, pods: &Pods, verbose: bool) -> StatusResponse {
+        let features = RuntimeHandlerFeatures {
+            recursive_read_only_mounts: pods.node().recursive_read_only,
+            user_namespaces: self.user_namespaces,
+        };
+        // The empty name is the default handler.
+        let names = std::iter::once(String::new()).chain(pods.handlers().iter().cloned());
+        StatusResponse {
+            status: Some(RuntimeStatus {
+                conditions: vec![
+                    self.runtime_ready.message("RuntimeReady"),
+                    self.network_ready.message("NetworkReady"),
+                ],
+            }),
+            info: if verbose { map::info(&self.verbose()) } else { Default::default() },
+            runtime_handlers: names.map(|name| RuntimeHandler { name, features: Some(features.clone()) }).collect(),
+            features: Some(RuntimeFeatures {
+                supplemental_groups_policy: true,
+                user_namespaces_host_network: false,
+                mount_options: false,
+            }),
+        }
+    }
+
+    fn verbose(&self) -> serde_json::Value {
+        let mut info = self.info.clone();
+        if let Some(map) = info.as_object_mut() {
+            map.insert("version".into(), json!(self.version));
+            map.insert("systemdCgroup".into(), json!(self.systemd_cgroup));
+        }
+        info
+    }
+
+    pub(crate) fn runtime_config(&self) -> RuntimeConfigResponse {
+        let driver = if self.systemd_cgroup { CgroupDriver::Systemd } else { CgroupDriver::Cgroupfs };
+        RuntimeConfigResponse { linux: Some(LinuxRuntimeConfiguration { cgroup_driver: driver.into() }) }
+    }
+
+    /// The pod CIDR is of use only to a network that is made from a template; one
+    /// that can't be read is refused, so that a typo shows.
+    pub(crate) fn update_runtime_config(&self, r: UpdateRuntimeConfigRequest) -> Result<UpdateRuntimeConfigResponse> {
+        let cidr = r.runtime_config.and_then(|c| c.network_config).map(|n| n.pod_cidr).unwrap_or_default();
+        for part in cidr.split(',').filter(|p| !p.is_empty()) {
+            let valid = part.split_once('/').is_some_and(|(address, bits)| {
+                let widest = match address.parse::<std::net::IpAddr>() {
+                    Ok(std::net::IpAddr::V4(_)) => 32,
+                    Ok(std::net::IpAddr::V6(_)) => 128,
+                    Err(_) => return false,
+                };
+                bits.parse::<u8>().is_ok_and(|b| b <= widest)
+            });
+            if !valid {
+                return Err(Error::invalid(format!("pod CIDR {part:?} is no ADDRESS/BITS")));
+            }
+        }
+        Ok(UpdateRuntimeConfigResponse {})
+    }
+}

@@ -1,0 +1,272 @@
+//! CreateContainer: the snapshot and the spec; the task comes with StartContainer.
+//!
+//! ```text
+//! <root>/containers/<id>/config.json    the spec, as the task will get it
+//! <root>/containers/<id>/process.json   its process, what ExecSync starts from
+//! <state>/stdin/<id>                    the FIFO of stdin, where asked for
+//! ```
+
+use super::PodContext;
+use super::run_pod::nanos;
+use crate::facts::{self, LayeredRoot};
+use crate::journal::Write;
+use crate::sandbox::{ContainerPid, container_pid};
+use crate::state::{ContainerInfo, ContainerRecord, ContainerState, User};
+use images::Image;
+use proto::cri::ContainerConfig;
+use spec::{ContainerInput, ContainerSpec, ImageDefaults, PidMode};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+use tokio::sync::oneshot;
+use types::{Error, Result, ResultExt};
+
+/// A container that was made and is stored.
+pub struct NewContainer {
+    /// What readers see of it.
+    pub info: ContainerInfo,
+}
+
+/// Makes a container; on failure nothing of it is left.
+///
+/// # Errors
+/// `NotFound` for an unknown image, `InvalidArgument` for a configuration that
+/// can't be, else that of the step that failed.
+pub async fn create(ctx: PodContext, id: String, config: ContainerConfig) -> Result<NewContainer> {
+    let name = config.metadata.as_ref().map(|m| m.name.clone()).unwrap_or_default();
+    let timelines = &ctx.shared.timelines;
+    let built = timelines.timed(&ctx.pod.id, "CreateContainer", "", &name, build(&ctx, &id, config)).await;
+    match built {
+        Ok(info) => Ok(NewContainer { info }),
+        Err(e) => {
+            let mut errors = vec![e];
+            errors.extend(undo(&ctx, &id).await);
+            let context = format!("create container {name} in pod {}", ctx.pod.name());
+            Err(Error::join(&context, errors).err().unwrap_or_else(|| Error::internal(context)))
+        }
+    }
+}
+
+async fn undo(ctx: &PodContext, id: &str) -> Vec<Error> {
+    let mut errors = Vec::new();
+    errors.extend(ctx.shared.snapshots.remove(id).await.err());
+    for dir in [ctx.shared.container_dir(id), stdin_path(ctx, id)] {
+        let removed = match tokio::fs::symlink_metadata(&dir).await {
+            Ok(m) if m.is_dir() => tokio::fs::remove_dir_all(&dir).await,
+            Ok(_) => tokio::fs::remove_file(&dir).await,
+            Err(_) => continue,
+        };
+        errors.extend(removed.context(|| format!("remove {}", dir.display())).err());
+    }
+    let _ = ctx.shared.sandboxes.unpin_target(&ctx.pod.id, id).await;
+    errors
+}
+
+fn stdin_path(ctx: &PodContext, id: &str) -> PathBuf {
+    ctx.shared.config.state.join("stdin").join(id)
+}
+
+fn find_image(ctx: &PodContext, config: &ContainerConfig) -> Result<Arc<Image>> {
+    let name = config.image.as_ref().map(|i| i.image.as_str()).unwrap_or_default();
+    if name.is_empty() {
+        return Err(Error::invalid("its configuration names no image"));
+    }
+    ctx.shared
+        .images
+        .get(name)
+        .ok_or_else(|| Error::not_found(format!("image {name:?} is not on this node")).hint("pull or import it first"))
+}
+
+async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<ContainerInfo> {
+    const OP: &str = "CreateContainer";
+    let (shared, pod) = (&ctx.shared, &ctx.pod);
+    let name = config.metadata.as_ref().map(|m| m.name.clone()).unwrap_or_default();
+    if name.is_empty() {
+        return Err(Error::invalid("its metadata has no name"));
+    }
+    let log_path = spec::log_path(&pod.config.log_directory, &config.log_path)?;
+    let image = find_image(ctx, &config)?;
+    let idmap = pod.state.sandbox.plan.user.as_ref().map(snapshot_idmap);
+    let prepare = shared.snapshots.prepare(id, Some(&image.chain_id), idmap.as_ref());
+    let mounts =
+        shared.timelines.timed(&pod.id, OP, "snapshot", &name, shared.bounded("preparing the snapshot", prepare)).await?;
+    let made = shared
+        .timelines
+        .timed(&pod.id, OP, "spec", &name, make_spec(ctx, id, &config, &image, lower_dirs(&mounts)))
+        .await?;
+    write_files(ctx, id, &made, log_path.as_deref()).await?;
+    let stdin = if config.stdin { Some(make_stdin(ctx, id).await?) } else { None };
+    let info = ContainerInfo {
+        id: id.to_string(),
+        pod_id: pod.id.clone(),
+        created_at: SystemTime::now(),
+        record: ContainerRecord {
+            state: ContainerState::Created,
+            image_id: image.id.clone(),
+            image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone()),
+            image_stop_signal: image.config.config().as_ref().and_then(|c| c.stop_signal().clone()).unwrap_or_default(),
+            log_path,
+            stdin,
+            user: User { uid: made.user.uid, gid: made.user.gid, groups: made.user.groups },
+            resources: config.linux.as_ref().and_then(|l| l.resources.clone()),
+            warnings: made.warnings,
+        },
+        config: Arc::new(config),
+    };
+    shared.timelines.timed(&pod.id, OP, "store", &name, save(ctx, &info)).await?;
+    Ok(info)
+}
+
+fn snapshot_idmap(maps: &spec::IdMaps) -> snapshots::IdMap {
+    let ranges = |map: &[spec::IdMap]| {
+        map.iter()
+            .map(|m| snapshots::IdRange { container: m.container, host: m.host, length: m.length })
+            .collect()
+    };
+    snapshots::IdMap { uids: ranges(&maps.uids), gids: ranges(&maps.gids) }
+}
+
+/// The directories that a container's rootfs will be made of, topmost first: its
+/// users and groups are looked up there, before anything is mounted.
+fn lower_dirs(mounts: &[snapshots::Mount]) -> Vec<PathBuf> {
+    let options = mounts.iter().flat_map(|m| m.options.iter());
+    options.filter_map(|o| o.strip_prefix("lowerdir=")).flat_map(|l| l.split(':')).map(PathBuf::from).collect()
+}
+
+async fn make_spec(
+    ctx: &PodContext,
+    id: &str,
+    config: &ContainerConfig,
+    image: &Image,
+    lower: Vec<PathBuf>,
+) -> Result<ContainerSpec> {
+    let (shared, pod) = (&ctx.shared, &ctx.pod);
+    let defaults = ImageDefaults::from(&image.config);
+    let sc = config.linux.as_ref().and_then(|l| l.security_context.clone()).unwrap_or_default();
+    let request = spec::user_request(&sc, &defaults)?;
+    let profile = spec::seccomp_profile_path(&sc)?;
+    let owned = config.clone();
+    let (rootfs, host, profile) = tokio::task::spawn_blocking(move || -> Result<_> {
+        let rootfs = facts::rootfs_facts(&LayeredRoot::new(lower), &request)?;
+        let host = facts::host_facts(&owned)?;
+        Ok((rootfs, host, profile.map(|p| facts::read_profile(&p)).transpose()?))
+    })
+    .await
+    .context(|| "look at the image's users".into())??;
+    let pid = container_pid(&pod.state.sandbox.plan, sc.namespace_options.as_ref())?;
+    let pid = pid_mode(ctx, id, pid).await?;
+    let image_name = config.image.as_ref().map(|i| i.image.as_str()).unwrap_or_default();
+    let made = spec::container_spec(&ContainerInput {
+        id,
+        pod_id: &pod.id,
+        config,
+        pod: &pod.config,
+        image: &defaults,
+        image_name,
+        node: &shared.node,
+        policy: &shared.policy,
+        rootfs: &rootfs,
+        host: &host,
+        namespaces: &pod.state.sandbox.namespaces_with(pid),
+        files: &pod.state.sandbox.files(),
+        // Images as volumes are not served yet: `spec` refuses a mount that has one.
+        image_mounts: &BTreeMap::new(),
+        // A VOLUME is a directory of the container's own snapshot, as CRI-O's
+        // `mkdir`: nothing is copied, so nothing can be copied from the host
+        // (CVE-2022-23648).
+        volumes: &BTreeMap::new(),
+        seccomp_profile: profile.as_deref(),
+    })?;
+    for warning in &made.warnings {
+        tracing::warn!("container {id:.12}: {warning}");
+    }
+    for path in &made.ensure {
+        tokio::fs::create_dir_all(path).await.context(|| format!("make the host path {}", path.display()))?;
+    }
+    Ok(made)
+}
+
+async fn pid_mode(ctx: &PodContext, id: &str, pid: ContainerPid) -> Result<PidMode> {
+    let state = &ctx.pod.state;
+    Ok(match pid {
+        ContainerPid::Private => PidMode::Private,
+        ContainerPid::Node => PidMode::Host,
+        ContainerPid::Pod => match &state.sandbox.pid {
+            Some(pin) => PidMode::Path(pin.clone()),
+            None if state.init_pid != 0 => PidMode::Path(format!("/proc/{}/ns/pid", state.init_pid).into()),
+            None => return Err(Error::precondition(format!("pod {} has no pid namespace to share", ctx.pod.name()))),
+        },
+        ContainerPid::Target(target) => {
+            let handle = ctx.shared.registry.container(&target)?;
+            let view = handle.1.view();
+            let target = view.containers.iter().find(|c| c.id == handle.0);
+            let Some(target) = target else {
+                return Err(Error::not_found(format!("no container {:?} exists", handle.0)));
+            };
+            if target.pod_id != ctx.pod.id {
+                return Err(Error::invalid(format!("its pid target {:.12} is in another pod", target.id)));
+            }
+            let target_pid = crate::admission::exec(target)?;
+            PidMode::Path(ctx.shared.sandboxes.pin_target(&ctx.pod.id, id, target_pid).await?)
+        }
+    })
+}
+
+async fn write_files(ctx: &PodContext, id: &str, made: &ContainerSpec, log: Option<&Path>) -> Result<()> {
+    let dir = ctx.shared.container_dir(id);
+    let mut builder = tokio::fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700);
+    builder.create(&dir).await.context(|| format!("make {}", dir.display()))?;
+    let config = serde_json::to_string(&made.spec).context(|| "encode the spec".into())?;
+    let process = serde_json::to_string(&made.spec.process()).context(|| "encode the process".into())?;
+    write_file(&dir.join("config.json"), config).await?;
+    write_file(&dir.join("process.json"), process).await?;
+    if let Some(parent) = log.and_then(Path::parent) {
+        tokio::fs::create_dir_all(parent).await.context(|| format!("make the log directory {}", parent.display()))?;
+    }
+    Ok(())
+}
+
+/// Writes a whole file or, where that fails, leaves the old one.
+pub(super) async fn write_file(path: &Path, text: String) -> Result<()> {
+    let new = path.with_extension("new");
+    let written = async {
+        tokio::fs::write(&new, text).await?;
+        tokio::fs::rename(&new, path).await
+    };
+    match written.await {
+        Ok(()) => Ok(()),
+        Err(e) => {
+            let _ = tokio::fs::remove_file(&new).await;
+            Err(e).context(|| format!("write {}", path.display()))
+        }
+    }
+}
+
+async fn make_stdin(ctx: &PodContext, id: &str) -> Result<PathBuf> {
+    let path = stdin_path(ctx, id);
+    if let Some(dir) = path.parent() {
+        let mut builder = tokio::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(dir).await.context(|| format!("make {}", dir.display()))?;
+    }
+    stdio::fifo::make(&path)?;
+    Ok(path)
+}
+
+async fn save(ctx: &PodContext, info: &ContainerInfo) -> Result<()> {
+    let record = store::ContainerRecord {
+        id: info.id.clone(),
+        pod_id: info.pod_id.clone(),
+        name_key: format!("{}/{}", info.pod_id, info.name_key()),
+        created_at_ns: nanos(info.created_at),
+        config_json: serde_json::to_string(&*info.config).context(|| format!("encode container {}", info.id))?,
+        state_json: serde_json::to_string(&info.record).context(|| format!("encode container {}", info.id))?,
+    };
+    let (tx, rx) = oneshot::channel();
+    ctx.shared.journal.submit(Write::Container(record), move |saved| {
+        let _ = tx.send(saved);
+    });
+    rx.await.map_err(|_| Error::unavailable("the database is closed: the daemon is stopping"))?
+}

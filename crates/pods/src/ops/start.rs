@@ -1,0 +1,79 @@
+//! StartContainer: create and start of the task, so that a process that can't be
+//! started is an exit and not a lost call.
+
+use super::PodContext;
+use crate::owner::Msg;
+use crate::state::ContainerInfo;
+use runtime::{TaskIo, TaskSpec};
+use std::sync::Arc;
+use tokio::sync::oneshot;
+use types::{Error, Result, ResultExt, Signal};
+
+/// Creates and starts a container's task; gives init's pid. A message on
+/// `cancelled` ends it early. On failure no task is left.
+///
+/// # Errors
+/// That of the step that failed; the container then counts as exited with 128.
+pub async fn start(ctx: PodContext, info: Arc<ContainerInfo>, mut cancelled: oneshot::Receiver<String>) -> Result<u32> {
+    let work = tokio::spawn({
+        let (ctx, info) = (ctx.clone(), info.clone());
+        async move { run(&ctx, &info).await }
+    });
+    let abort = work.abort_handle();
+    let outcome = tokio::select! {
+        done = work => done.map_err(|e| Error::internal(format!("start container {:.12}", info.id)).because(e))?,
+        Ok(why) = &mut cancelled => {
+            abort.abort();
+            Err(Error::precondition(why))
+        }
+    };
+    match outcome {
+        Ok(pid) => Ok(pid),
+        Err(e) => {
+            let runtime = &ctx.shared.runtime;
+            let _ = runtime.kill_task(&ctx.pod.id, &info.id, Signal::KILL, true, "a failed start").await;
+            let undone = ctx.shared.bounded("deleting the task", runtime.delete_task(&ctx.pod.id, &info.id)).await;
+            if let Err(undo) = undone {
+                tracing::warn!("after the failed start of container {:.12}: {undo}", info.id);
+            }
+            Err(e.within(format!("start container {} ({:.12})", info.name_key(), info.id)))
+        }
+    }
+}
+
+async fn run(ctx: &PodContext, info: &ContainerInfo) -> Result<u32> {
+    const OP: &str = "StartContainer";
+    let shared = &ctx.shared;
+    let name = info.config.metadata.as_ref().map_or("", |m| m.name.as_str());
+    let spec_path = shared.container_dir(&info.id).join("config.json");
+    let config_json =
+        tokio::fs::read_to_string(&spec_path).await.context(|| format!("read the spec {}", spec_path.display()))?;
+    let mounts = shared.snapshots.mounts(&info.id).await?;
+    let task = TaskSpec {
+        id: info.id.clone(),
+        config_json,
+        rootfs: mounts
+            .into_iter()
+            .map(|m| runtime::RootfsMount { kind: m.kind, source: m.source, options: m.options })
+            .collect(),
+        io: TaskIo {
+            log_path: info.record.log_path.clone(),
+            log_limit: shared.config.log_line_limit,
+            terminal: info.config.tty,
+            stdin: info.record.stdin.clone(),
+        },
+    };
+    let pod = ctx.pod_spec();
+    let timelines = &shared.timelines;
+    let pid = timelines
+        .timed(&pod.id, OP, "create", name, shared.bounded("creating the task", shared.runtime.create_task(&pod, &task)))
+        .await?;
+    // A shim that had died was started anew just now.
+    if let Ok(process) = shared.runtime.start_pod(&pod).await {
+        let _ = ctx.mailbox.send(Msg::ShimStarted(process));
+    }
+    timelines
+        .timed(&pod.id, OP, "start", name, shared.bounded("starting the task", shared.runtime.start_task(&pod.id, &info.id)))
+        .await?;
+    Ok(pid)
+}

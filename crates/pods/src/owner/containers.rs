@@ -1,0 +1,301 @@
+//! Containers: create, start, exit, stop, remove, update.
+
+use super::{Done, Owner, Reply, Slot, StartOp, StopOp, answer};
+use crate::admission;
+use crate::events::EventKind;
+use crate::journal::Write;
+use crate::ops::{self, NewContainer};
+use crate::state::{ContainerInfo, ContainerState, container_key};
+use proto::cri::{ContainerConfig, LinuxContainerResources};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+use types::{Certificate, Error, Result};
+
+impl Owner {
+    pub(super) fn create(&mut self, config: ContainerConfig, reply: Reply<String>) {
+        let key = container_key(&config);
+        // A retry while the first attempt still runs joins it [containerd#10828].
+        if let Some((_, waiters)) = self.creating.get_mut(&key) {
+            waiters.push(reply);
+            return;
+        }
+        let holder = self.slots.values().find(|s| s.info.name_key() == key).map(|s| s.info.id.clone());
+        if let Err(e) = admission::create(&self.pod, self.is_going(), &key, holder.as_deref()) {
+            let _ = reply.send(Err(e));
+            return;
+        }
+        let id = match types::new_id() {
+            Ok(id) => id,
+            Err(e) => {
+                let _ = reply.send(Err(e));
+                return;
+            }
+        };
+        self.creating.insert(key.clone(), (id.clone(), vec![reply]));
+        let context = self.context();
+        self.spawn(async move { Done::Created(key, ops::create(context, id, config).await) });
+    }
+
+    pub(super) fn created(&mut self, key: &str, result: Result<NewContainer>) {
+        let Some((id, waiters)) = self.creating.remove(key) else { return };
+        let new = match result {
+            Ok(new) => new,
+            Err(e) => {
+                for reply in waiters {
+                    let _ = reply.send(Err(e.copy()));
+                }
+                return;
+            }
+        };
+        let Some(handle) = self.handle.upgrade() else { return };
+        self.shared.registry.add_container(&id, &handle);
+        self.slots.insert(id.clone(), Slot::new(Arc::new(new.info)));
+        self.announce(&id, EventKind::Created);
+        for reply in waiters {
+            let _ = reply.send(Ok(id.clone()));
+        }
+    }
+
+    pub(super) fn start_container(&mut self, id: &str, reply: Reply<()>) {
+        let going = self.is_going();
+        let pod = self.pod.clone();
+        let context = self.context();
+        let Some(slot) = self.slots.get_mut(id) else {
+            let _ = reply.send(Err(no_container(id)));
+            return;
+        };
+        if let Some(op) = &mut slot.start {
+            op.waiters.push(reply);
+            return;
+        }
+        if let Err(e) = admission::start(&pod, going, &slot.info, slot.remove.is_some()) {
+            let _ = reply.send(Err(e));
+            return;
+        }
+        let (cancel, cancelled) = oneshot::channel();
+        slot.start = Some(StartOp { cancel: Some(cancel), waiters: vec![reply], exit: None });
+        let info = slot.info.clone();
+        let id = id.to_string();
+        self.spawn(async move {
+            let result = ops::start(context, info, cancelled).await;
+            Done::Started(id, result)
+        });
+    }
+
+    pub(super) fn started(&mut self, id: &str, result: Result<u32>) {
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        let Some(op) = slot.start.take() else { return };
+        let stops = std::mem::take(&mut slot.stop_after_start);
+        let info = slot.info.clone();
+        match result {
+            Ok(pid) => {
+                let state = ContainerState::Running { pid, started_at: SystemTime::now() };
+                self.set_container(id, info.in_state(state), move |saved| answer(op.waiters, &saved));
+                self.announce(id, EventKind::Started);
+                if let Some(certificate) = op.exit {
+                    self.exited(id, certificate);
+                }
+                for reply in stops {
+                    self.stop_container(id, Duration::ZERO, "StopContainer", Some(reply));
+                }
+            }
+            Err(e) => {
+                let next = info.in_state(ContainerState::start_error(e.to_string()));
+                if let Some(slot) = self.slots.get(id) {
+                    slot.ended.send_replace(true);
+                }
+                let failed: Result<()> = Err(e);
+                self.set_container(id, next, move |_| answer(op.waiters, &failed));
+                self.announce(id, EventKind::Stopped);
+                answer(stops, &Ok(()));
+            }
+        }
+        self.shared.save_timeline(&self.pod.id);
+    }
+
+    /// An exit is recorded once, however often it is reported; its code and time
+    /// never change afterwards (behaviours.md section 5).
+    pub(super) fn exited(&mut self, id: &str, certificate: Certificate) {
+        if self.pod.state.init && id == self.pod.id {
+            self.init_gone();
+            return;
+        }
+        let context = self.context();
+        let mailbox = self.mailbox.clone();
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        if let Some(op) = &mut slot.start {
+            op.exit.get_or_insert(certificate);
+            return;
+        }
+        let ContainerState::Running { started_at, .. } = *slot.info.state() else { return };
+        slot.deleting_task = true;
+        let next = slot.info.in_state(ContainerState::exited(Some(started_at), certificate));
+        let owned = id.to_string();
+        let saved_id = owned.clone();
+        self.set_container(id, next, move |saved| {
+            if let Err(e) = saved {
+                tracing::warn!("the exit of container {saved_id} is not in the database yet: {e}");
+            }
+            let _ = mailbox.send(super::Msg::Done(Done::ExitSaved(saved_id)));
+        });
+        self.announce(id, EventKind::Stopped);
+        self.spawn(async move {
+            let result = ops::delete_task(&context, &owned).await;
+            Done::TaskDeleted(owned, result)
+        });
+    }
+
+    pub(super) fn task_deleted(&mut self, id: &str, result: Result<()>) {
+        if let Err(e) = result {
+            tracing::warn!("cleaning up after the end of container {id}: {e}");
+        }
+        if let Some(slot) = self.slots.get_mut(id) {
+            slot.deleting_task = false;
+        }
+    }
+
+    /// Begins or hastens a stop; a container that is not there or does not run is
+    /// stopped already.
+    pub(super) fn stop_container(&mut self, id: &str, grace: Duration, why: &'static str, reply: Option<Reply<()>>) {
+        let context = self.context();
+        let Some(slot) = self.slots.get_mut(id) else {
+            answer(reply.into_iter().collect(), &Ok(()));
+            return;
+        };
+        if let Some(op) = &mut slot.start {
+            if let Some(cancel) = op.cancel.take() {
+                let _ = cancel.send(format!("{why} came before the container had started"));
+            }
+            slot.stop_after_start.extend(reply);
+            return;
+        }
+        let wanted = Instant::now() + grace;
+        if let Some(op) = &mut slot.stop {
+            op.deadline.send_if_modified(|deadline| {
+                let nearer = wanted < *deadline;
+                if nearer {
+                    *deadline = wanted;
+                }
+                nearer
+            });
+            op.waiters.extend(reply);
+            return;
+        }
+        if !slot.is_running() {
+            // Its exit may still be on its way to the database; whoever asks then
+            // must find it there.
+            let mut ended = slot.ended.subscribe();
+            let created = matches!(slot.info.state(), ContainerState::Created);
+            tokio::spawn(async move {
+                if !created {
+                    let _ = ended.wait_for(|e| *e).await;
+                }
+                answer(reply.into_iter().collect(), &Ok(()));
+            });
+            return;
+        }
+        let (deadline, deadline_rx) = watch::channel(wanted);
+        slot.stop = Some(StopOp { deadline, waiters: reply.into_iter().collect() });
+        let (info, ended) = (slot.info.clone(), slot.ended.subscribe());
+        let id = id.to_string();
+        self.spawn(async move {
+            let result = ops::stop(&context, &info, deadline_rx, ended, why).await;
+            Done::StopEnded(id, result)
+        });
+    }
+
+    pub(super) fn stop_ended(&mut self, id: &str, result: Result<()>) {
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        slot.unkillable = result.is_err();
+        if let Some(op) = slot.stop.take() {
+            answer(op.waiters, &result);
+        }
+        if let Err(e) = result {
+            if self.stop.is_some() {
+                self.stop_errors.push(e.copy());
+            }
+            if let Some(waiters) = self.slots.get_mut(id).and_then(|s| s.remove.take()) {
+                answer(waiters, &Err(e));
+            }
+        }
+    }
+
+    pub(super) fn remove_container(&mut self, id: &str, reply: Reply<()>) {
+        let Some(slot) = self.slots.get_mut(id) else {
+            let _ = reply.send(Ok(()));
+            return;
+        };
+        slot.remove.get_or_insert_default().push(reply);
+        if slot.start.is_some() || slot.is_running() {
+            self.stop_container(id, Duration::ZERO, "RemoveContainer", None);
+        }
+    }
+
+    pub(super) fn begin_removal(&mut self, id: &str) {
+        let context = self.context();
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        slot.removing = true;
+        let info = slot.info.clone();
+        self.spawn(async move {
+            let result = ops::remove(&context, &info).await;
+            Done::Removed(info.id.clone(), result)
+        });
+    }
+
+    pub(super) fn removed(&mut self, id: &str, result: Result<()>) {
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        slot.removing = false;
+        let waiters = slot.remove.take().unwrap_or_default();
+        if result.is_err() {
+            answer(waiters, &result);
+            if let (Some(pod_waiters), Err(e)) = (self.remove.take(), &result) {
+                answer(pod_waiters, &Err(e.copy()));
+            }
+            return;
+        }
+        self.slots.remove(id);
+        self.shared.registry.remove_container(id);
+        self.announce(id, EventKind::Deleted);
+        self.shared.journal.submit(Write::DeleteContainer(id.to_string()), move |saved| answer(waiters, &saved));
+    }
+
+    pub(super) fn update(&mut self, id: &str, resources: Box<LinuxContainerResources>, reply: Reply<()>) {
+        let context = self.context();
+        let Some(slot) = self.slots.get(id) else {
+            let _ = reply.send(Err(no_container(id)));
+            return;
+        };
+        if let Err(e) = admission::update(&slot.info, slot.start.is_some()) {
+            let _ = reply.send(Err(e));
+            return;
+        }
+        let info = slot.info.clone();
+        self.spawn(async move {
+            let merged = ops::merge_resources(info.record.resources.as_ref(), &resources);
+            let result = ops::update(&context, &info, &merged).await;
+            Done::Updated(info.id.clone(), Box::new(merged), result, reply)
+        });
+    }
+
+    pub(super) fn updated(&mut self, id: &str, merged: LinuxContainerResources, result: Result<()>, reply: Reply<()>) {
+        let Some(slot) = self.slots.get(id) else {
+            let _ = reply.send(Err(no_container(id)));
+            return;
+        };
+        if result.is_err() {
+            let _ = reply.send(result);
+            return;
+        }
+        let mut next = ContainerInfo::clone(&slot.info);
+        next.record.resources = Some(merged);
+        self.set_container(id, next, move |saved| {
+            let _ = reply.send(saved);
+        });
+    }
+}
+
+fn no_container(id: &str) -> Error {
+    Error::not_found(format!("no container {id:?} exists"))
+}

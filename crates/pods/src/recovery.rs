@@ -1,0 +1,323 @@
+//! What a new daemon finds: the database on one side, what runs on the other.
+//!
+//! ```text
+//!  stored pods ──┬─ the node was restarted ──► NOTREADY, containers exited with 255
+//!                └─ else runtime.recover ────► found running: adopted
+//!                                              found dead: its exit is recorded
+//!                                              half made: undone
+//!  what belongs to no stored pod ────────────► swept
+//! ```
+//!
+//! One bad record never stops the rest: it is reported, and what it names is left
+//! alone.
+
+use crate::journal::Write;
+use crate::owner::Owner;
+use crate::shared::Shared;
+use crate::state::{ContainerInfo, ContainerRecord, ContainerState, PodInfo, PodPhase, PodState};
+use runtime::{RecoverPod, RecoveredPod, TaskState};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use types::{Error, Result, ResultExt};
+
+/// In the state directory while the node is up; gone after a restart even where the
+/// boot id stays, as in a node that is itself a container.
+const TOKEN: &str = "up";
+
+/// A stored pod and its containers.
+struct Stored {
+    key: String,
+    pod: PodInfo,
+    containers: Vec<ContainerInfo>,
+}
+
+/// Finds everything again and starts the owners of all pods.
+///
+/// # Errors
+/// Only when the database can't be read; every other trouble is logged by name.
+pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
+    let (mut stored, unreadable) = load(shared).await?;
+    let rebooted = note_boot(shared).await?;
+    if rebooted {
+        for s in &mut stored {
+            end_all(shared, s, "the node was restarted");
+        }
+    }
+    let ready: Vec<RecoverPod> = stored.iter().filter(|s| s.pod.state.phase == PodPhase::Ready).map(asked).collect();
+    let mut found = BTreeMap::new();
+    for result in shared.runtime.recover(ready).await {
+        match result {
+            Ok(pod) => {
+                found.insert(pod.id.clone(), pod);
+            }
+            Err(e) => tracing::error!("recovery: {e}"),
+        }
+    }
+    for s in &mut stored {
+        if s.pod.state.phase == PodPhase::Ready {
+            match found.remove(&s.pod.id) {
+                Some(pod) => adopt(shared, s, pod).await,
+                None => tracing::error!("pod {} ({:.12}) could not be examined; its next call tries again", s.pod.name(), s.pod.id),
+            }
+        }
+    }
+    sweep(shared, &stored, &unreadable).await;
+    for s in stored {
+        match shared.store.timeline(&s.pod.id).await {
+            Ok(Some(json)) => {
+                if let Err(e) = shared.timelines.restore(&s.pod.id, &json) {
+                    tracing::warn!("the timeline of pod {:.12} can't be read: {e}", s.pod.id);
+                }
+            }
+            Ok(None) => {}
+            Err(e) => tracing::warn!("the timeline of pod {:.12}: {e}", s.pod.id),
+        }
+        Owner::start(shared.clone(), s.pod, s.key, s.containers);
+    }
+    Ok(())
+}
+
+/// Whether the node was restarted since the last daemon; notes the present boot.
+async fn note_boot(shared: &Shared) -> Result<bool> {
+    let boot_id = tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await.context(|| "read the boot id".into())?;
+    let boot_id = boot_id.trim().to_string();
+    let token = shared.config.state.join(TOKEN);
+    let known = shared.store.boot_id().await?;
+    let up = tokio::fs::try_exists(&token).await.unwrap_or(false);
+    let rebooted = known.is_some_and(|k| k != boot_id || !up);
+    if rebooted {
+        tracing::warn!("the node was restarted: all pods are NOTREADY, all containers have exited");
+    }
+    tokio::fs::write(&token, "").await.context(|| format!("write {}", token.display()))?;
+    shared.store.set_boot_id(&boot_id).await?;
+    Ok(rebooted)
+}
+
+async fn load(shared: &Shared) -> Result<(Vec<Stored>, BTreeSet<String>)> {
+    let mut unreadable = BTreeSet::new();
+    let mut containers: BTreeMap<String, Vec<ContainerInfo>> = BTreeMap::new();
+    for record in shared.store.containers().await? {
+        let (id, pod) = (record.id.clone(), record.pod_id.clone());
+        match container(record) {
+            Ok(c) => containers.entry(pod).or_default().push(c),
+            Err(e) => {
+                tracing::error!("the record of container {id} is left aside: {e}");
+                unreadable.insert(id);
+            }
+        }
+    }
+    let mut stored = Vec::new();
+    for record in shared.store.pods().await? {
+        let (id, key) = (record.id.clone(), record.name_key.clone());
+        match pod(record) {
+            Ok(pod) => stored.push(Stored { key, containers: containers.remove(&id).unwrap_or_default(), pod }),
+            Err(e) => {
+                tracing::error!("the record of pod {id} is left aside: {e}");
+                unreadable.extend(containers.remove(&id).unwrap_or_default().into_iter().map(|c| c.id));
+                unreadable.insert(id);
+            }
+        }
+    }
+    Ok((stored, unreadable))
+}
+
+fn pod(record: store::PodRecord) -> Result<PodInfo> {
+    let state: PodState = serde_json::from_str(&record.state_json).context(|| "read its state".into())?;
+    let config = serde_json::from_str(&record.config_json).context(|| "read its configuration".into())?;
+    Ok(PodInfo { id: record.id, config: Arc::new(config), created_at: at(record.created_at_ns), state })
+}
+
+fn container(record: store::ContainerRecord) -> Result<ContainerInfo> {
+    let state: ContainerRecord = serde_json::from_str(&record.state_json).context(|| "read its state".into())?;
+    let config = serde_json::from_str(&record.config_json).context(|| "read its configuration".into())?;
+    Ok(ContainerInfo {
+        id: record.id,
+        pod_id: record.pod_id,
+        config: Arc::new(config),
+        created_at: at(record.created_at_ns),
+        record: state,
+    })
+}
+
+fn at(ns: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_nanos(u64::try_from(ns).unwrap_or(0))
+}
+
+/// Exited containers are asked for too: a daemon that died before it had deleted
+/// their tasks left them.
+fn asked(s: &Stored) -> RecoverPod {
+    let mut containers: Vec<String> = s.containers.iter().map(|c| c.id.clone()).collect();
+    if s.pod.state.init {
+        containers.push(s.pod.id.clone());
+    }
+    RecoverPod {
+        spec: crate::ops::pod_spec(&s.pod.id, &s.pod.config, s.pod.state.sandbox.bundle_gid()),
+        containers,
+    }
+}
+
+fn end_all(shared: &Shared, s: &mut Stored, why: &str) {
+    for c in &mut s.containers {
+        let started = match c.state() {
+            ContainerState::Running { started_at, .. } => Some(*started_at),
+            ContainerState::Created => None,
+            ContainerState::Exited { .. } => continue,
+        };
+        set_container(shared, c, ContainerState::lost(started, why));
+    }
+    s.pod.state.phase = PodPhase::NotReady;
+    s.pod.state.process = None;
+    s.pod.state.init_pid = 0;
+    set_pod(shared, &s.pod);
+}
+
+fn set_container(shared: &Shared, c: &mut ContainerInfo, state: ContainerState) {
+    c.record.state = state;
+    match serde_json::to_string(&c.record) {
+        Ok(json) => shared.journal.note(Write::ContainerState(c.id.clone(), json)),
+        Err(e) => tracing::error!("encode container {:.12}: {e}", c.id),
+    }
+}
+
+fn set_pod(shared: &Shared, pod: &PodInfo) {
+    match serde_json::to_string(&pod.state) {
+        Ok(json) => shared.journal.note(Write::PodState(pod.id.clone(), json)),
+        Err(e) => tracing::error!("encode pod {:.12}: {e}", pod.id),
+    }
+}
+
+/// Brings a pod's stored state in line with what runs.
+async fn adopt(shared: &Arc<Shared>, s: &mut Stored, mut found: RecoveredPod) {
+    let mut tasks: BTreeMap<String, TaskState> =
+        found.containers.drain(..).filter_map(|(id, state)| state.map(|st| (id, st))).collect();
+    for c in &mut s.containers {
+        let task = tasks.remove(&c.id);
+        let (next, delete) = reconcile(c.state(), task);
+        if let Some(next) = next {
+            set_container(shared, c, next);
+        }
+        if delete {
+            delete_task(shared, &s.pod.id, &c.id).await;
+        }
+    }
+    s.pod.state.process = found.process;
+    if s.pod.state.init {
+        let lives = matches!(tasks.get(&s.pod.id), Some(TaskState::Running { .. }));
+        if !lives {
+            s.pod.state.phase = PodPhase::NotReady;
+            s.pod.state.init_pid = 0;
+        }
+    }
+    set_pod(shared, &s.pod);
+}
+
+async fn delete_task(shared: &Shared, pod: &str, id: &str) {
+    let deleted = async {
+        shared.runtime.kill_task(pod, id, types::Signal::KILL, true, "the daemon's restart").await?;
+        shared.runtime.delete_task(pod, id).await
+    };
+    if let Err(e) = shared.bounded("deleting a task after a restart", deleted).await {
+        tracing::warn!("container {id:.12}: {e}");
+    }
+}
+
+/// What a container becomes by what its task is, and whether the task must go.
+fn reconcile(state: &ContainerState, task: Option<TaskState>) -> (Option<ContainerState>, bool) {
+    match (state, task) {
+        // An exit never changes; a task that outlived its record of it goes.
+        (ContainerState::Exited { .. }, task) => (None, task.is_some()),
+        // The daemon died between create and start: undone, and it may be started.
+        (ContainerState::Created, Some(TaskState::Created)) => (None, true),
+        (ContainerState::Created, None) => (None, false),
+        // It died after the start and before it had said so.
+        (ContainerState::Created, Some(TaskState::Running { pid } | TaskState::Paused { pid })) => {
+            (Some(ContainerState::Running { pid, started_at: SystemTime::now() }), false)
+        }
+        (ContainerState::Created, Some(TaskState::Stopped(certificate))) => {
+            (Some(ContainerState::exited(Some(certificate.exited_at), certificate)), true)
+        }
+        (ContainerState::Running { .. }, Some(TaskState::Running { .. } | TaskState::Paused { .. })) => (None, false),
+        (ContainerState::Running { started_at, .. }, Some(TaskState::Stopped(certificate))) => {
+            (Some(ContainerState::exited(Some(*started_at), certificate)), true)
+        }
+        (ContainerState::Running { started_at, .. }, other) => {
+            (Some(ContainerState::lost(Some(*started_at), "its task was gone when the daemon came back")), other.is_some())
+        }
+    }
+}
+
+/// Removes what belongs to no stored pod or container.
+async fn sweep(shared: &Arc<Shared>, stored: &[Stored], unreadable: &BTreeSet<String>) {
+    let mut pods: BTreeSet<String> =
+        stored.iter().filter(|s| s.pod.state.phase == PodPhase::Ready).map(|s| s.pod.id.clone()).collect();
+    pods.extend(unreadable.iter().cloned());
+    let mut containers: BTreeSet<String> = stored.iter().flat_map(|s| s.containers.iter().map(|c| c.id.clone())).collect();
+    containers.extend(unreadable.iter().cloned());
+    let (swept, outcome) = shared.sandboxes.leftovers(pods).await;
+    for what in swept {
+        tracing::info!("removed what a former daemon left: {what}");
+    }
+    let mut errors: Vec<Error> = outcome.err().into_iter().collect();
+    match shared.snapshots.list().await {
+        Ok(keys) => {
+            for key in keys.iter().filter(|k| !containers.contains(*k)) {
+                errors.extend(shared.snapshots.remove(key).await.err());
+            }
+        }
+        Err(e) => errors.push(e),
+    }
+    errors.extend(sweep_dirs(&shared.config.root.join("containers"), &containers).await);
+    for e in errors {
+        tracing::warn!("removing what a former daemon left: {e}");
+    }
+}
+
+async fn sweep_dirs(dir: &Path, known: &BTreeSet<String>) -> Vec<Error> {
+    let mut errors = Vec::new();
+    let Ok(mut entries) = tokio::fs::read_dir(dir).await else { return errors };
+    while let Ok(Some(entry)) = entries.next_entry().await {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !known.contains(&name) {
+            let removed = tokio::fs::remove_dir_all(entry.path()).await;
+            errors.extend(removed.context(|| format!("remove {}", entry.path().display())).err());
+        }
+    }
+    errors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use types::{Certificate, ExitStatus};
+
+    fn dead(code: u8) -> TaskState {
+        TaskState::Stopped(Certificate {
+            status: ExitStatus::Code(code),
+            exited_at: UNIX_EPOCH,
+            oom_killed: false,
+            oom_cgroup: None,
+            killed_by: None,
+            peak_memory: None,
+        })
+    }
+
+    #[test]
+    fn no_pair_of_record_and_task_loses_an_exit_or_keeps_a_dead_task() {
+        let running = || ContainerState::Running { pid: 1, started_at: UNIX_EPOCH };
+        let exited = || ContainerState::start_error(String::new());
+        let alive = || TaskState::Running { pid: 7 };
+        // An exit that stands is never changed.
+        for task in [None, Some(alive()), Some(dead(0)), Some(TaskState::Created)] {
+            let there = task.is_some();
+            assert_eq!(reconcile(&exited(), task), (None, there));
+        }
+        assert_eq!(reconcile(&running(), Some(alive())), (None, false));
+        assert!(matches!(reconcile(&running(), Some(dead(3))), (Some(ContainerState::Exited { certificate, .. }), true) if certificate.status.code() == 3));
+        assert!(matches!(reconcile(&running(), None), (Some(ContainerState::Exited { certificate, .. }), false) if certificate.status.code() == 255));
+        assert!(matches!(reconcile(&ContainerState::Created, Some(alive())), (Some(ContainerState::Running { pid: 7, .. }), false)));
+        assert_eq!(reconcile(&ContainerState::Created, Some(TaskState::Created)), (None, true));
+        assert_eq!(reconcile(&ContainerState::Created, None), (None, false));
+    }
+}
