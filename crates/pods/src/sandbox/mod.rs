@@ -246,15 +246,14 @@ impl Sandboxes {
         // Taken here and not on the thread: a teardown that comes later must wait.
         let begun = this.begin(&layout.id)?;
         tokio::task::spawn_blocking(move || {
-            let turn = begun;
             let state = setup::run(order);
+            drop(begun);
             if let Err(Ok(_)) = tx.send(state) {
-                // The teardown that its maker's owner runs would find the same.
+                let _turn = this.busy.turn(&layout.id);
                 if let Err(e) = teardown::all(&layout, &this.netns) {
                     tracing::warn!("nobody awaits this sandbox any more: {e}");
                 }
             }
-            drop(turn);
         });
         rx.await.map_err(|_| Error::internal(format!("the setup of sandbox {:.12} was lost", request.pod_id)))?
     }
