@@ -1,3 +1,24 @@
 //! The daemon and the command line: the composition root.
 
-fn main() {}
+mod cli;
+mod config;
+mod serve;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut cli = cli::parse();
+    match cli.command {
+        cli::Command::Serve(args) => match serve::run(args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                eprintln!("longshore: {e:#}");
+                ExitCode::FAILURE
+            }
+        },
+        command => {
+            cli.command = command;
+            cli::run(cli)
+        }
+    }
+}

@@ -196,11 +196,10 @@ fn images_config(config: &Config) -> images::ImagesConfig {
         (host.clone(), registry)
     });
     images::ImagesConfig {
-        root: config.root.join("images"),
         registries: registries.collect(),
         max_downloads: config.images.max_downloads,
-        platform: None,
         pinned: config.images.pinned.clone(),
+        ..images::ImagesConfig::new(config.root.join("images"))
     }
 }
 
