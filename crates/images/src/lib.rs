@@ -1,1 +1,32 @@
 //! Images: references, registries, the content store, unpacking, garbage collection.
+//!
+//! ```text
+//! pull   ── registry/ ──┐
+//!                       ├─▶ install ─▶ unpack/ ─▶ snapshots (a layer each)
+//! import ── archive ────┘          └─▶ database (configuration, names, manifest)
+//! ```
+//!
+//! Everything from outside is verified against its digest before it is used,
+//! and bounded before it is read. Compressed layers are dropped once unpacked.
+
+mod blobs;
+mod config;
+mod digest;
+mod image;
+mod images;
+mod import;
+mod install;
+mod manifest;
+mod platform;
+mod reference;
+mod registry;
+mod unpack;
+
+pub use config::{ImagesConfig, RegistryConfig};
+pub use digest::{Digest, Hasher};
+pub use image::{Image, ImageId};
+pub use images::{FsUsage, Images};
+pub use import::ImportedImage;
+pub use platform::Platform;
+pub use reference::{Reference, Selector};
+pub use registry::Auth;

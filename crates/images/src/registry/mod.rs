@@ -1,0 +1,247 @@
+//! A registry, for the length of one pull.
+//!
+//! ```text
+//! mirror, mirror, …, registry     asked in this order for each document and blob
+//!   └─ 401 ─▶ auth.rs: token or basic, for that host only
+//!   └─ 3xx ─▶ followed by us; another host gets no Authorization (CVE-2020-15157)
+//!   └─ cut ─▶ transfer.rs: Range from where it broke off
+//! ```
+//!
+//! Clients and tokens live as long as the pull, so an idle daemon keeps neither
+//! connections nor certificates.
+
+mod auth;
+mod http;
+mod resolve;
+mod transfer;
+
+pub use auth::Auth;
+
+use crate::config::RegistryConfig;
+use crate::{ImagesConfig, Reference};
+use ::http::HeaderValue;
+use auth::Challenge;
+use http::{Asked, Clients, Trust};
+use reqwest::{Response, StatusCode, Url};
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
+use types::{Error, ErrorKind, Result, ResultExt};
+
+/// Pauses between attempts begin here and double.
+const BACKOFF: Duration = Duration::from_millis(200);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// One place that has the repository.
+#[derive(Debug)]
+struct Endpoint {
+    base: Url,
+    /// The registry itself, the only one that gets the caller's secret.
+    origin: bool,
+    trust: Trust,
+}
+
+/// All that one pull knows of its registry.
+pub(crate) struct Session {
+    reference: Reference,
+    endpoints: Vec<Endpoint>,
+    auth: Option<Auth>,
+    /// The Authorization that an endpoint accepted, by its index.
+    tokens: Mutex<HashMap<usize, HeaderValue>>,
+    clients: Clients,
+    deadline: Instant,
+    retries: u32,
+}
+
+impl Session {
+    pub(crate) fn new(config: &ImagesConfig, reference: &Reference, auth: Option<Auth>) -> Result<Self> {
+        let registry = config.registry(&reference.registry);
+        Ok(Self {
+            endpoints: endpoints(&reference.registry, &registry)?,
+            auth: auth.filter(|a| a.is_for(&reference.registry)),
+            reference: reference.clone(),
+            tokens: Mutex::default(),
+            clients: Clients::new(config.idle_timeout),
+            deadline: Instant::now() + config.pull_timeout,
+            retries: config.retries,
+        })
+    }
+
+    /// Asks one endpoint for `path` below the repository.
+    async fn get(&self, index: usize, path: &str, accept: &str, from: u64) -> Result<Response> {
+        let endpoint = &self.endpoints[index];
+        let mut url = endpoint.base.clone();
+        let whole = format!("{}/v2/{}/{path}", url.path().trim_end_matches('/'), self.reference.repository);
+        url.set_path(&whole);
+        if !endpoint.origin {
+            // Tells a mirror of several registries which one is meant.
+            url.query_pairs_mut().append_pair("ns", &self.reference.registry);
+        }
+        let known = self.tokens.lock().unwrap_or_else(PoisonError::into_inner).get(&index).cloned();
+        let mut asked = Asked { url, accept, from, authorization: known };
+        let first = self.send(&asked, &endpoint.trust).await?;
+        if first.response.status() != StatusCode::UNAUTHORIZED || !first.at_home {
+            return http::check(first.response).await;
+        }
+        let challenges = Challenge::read(first.response.headers());
+        drop(first);
+        let authorization = self.authorise(endpoint, &challenges).await?;
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).insert(index, authorization.clone());
+        asked.authorization = Some(authorization);
+        http::check(self.send(&asked, &endpoint.trust).await?.response).await
+    }
+
+    async fn send(&self, asked: &Asked<'_>, trust: &Trust) -> Result<http::Answer> {
+        let sent = tokio::time::timeout_at(self.deadline, self.clients.follow(asked, trust)).await;
+        sent.map_err(|_| self.too_late())?
+    }
+
+    fn too_late(&self) -> Error {
+        Error::deadline("the pull took longer than its bound").hint("raise the images' pull timeout")
+    }
+
+    /// The Authorization that answers an endpoint's challenge.
+    async fn authorise(&self, endpoint: &Endpoint, challenges: &[Challenge]) -> Result<HeaderValue> {
+        // A mirror is another party: the secret is the registry's.
+        let auth = self.auth.as_ref().filter(|_| endpoint.origin);
+        if let Some(token) = auth.map(|a| &a.registry_token).filter(|t| !t.is_empty()) {
+            return auth::bearer(token);
+        }
+        for challenge in challenges {
+            match challenge {
+                Challenge::Bearer { realm, service } => {
+                    let request = auth::token_request(realm, service, &self.reference.repository, auth)?;
+                    if auth.is_some() && endpoint.base.scheme() == "https" && request.url.scheme() != "https" {
+                        return Err(denied(format!("{realm} would get the password unencrypted")));
+                    }
+                    let asked = self.clients.token(request, &endpoint.trust, &endpoint.base);
+                    let token = tokio::time::timeout_at(self.deadline, asked).await.map_err(|_| self.too_late())??;
+                    return auth::bearer(&token);
+                }
+                Challenge::Basic => {
+                    if let Some(auth) = auth.filter(|a| !a.username.is_empty()) {
+                        return auth::basic(auth);
+                    }
+                }
+            }
+        }
+        let why = if self.auth.is_some() { "the credentials given don't fit" } else { "credentials are needed" };
+        Err(denied(why.to_owned()))
+    }
+}
+
+fn denied(why: String) -> Error {
+    Error::new(ErrorKind::PermissionDenied, why)
+}
+
+/// True where docker speaks http unless told otherwise.
+fn is_loopback(registry: &str) -> bool {
+    let host = registry.rsplit_once(':').filter(|(_, p)| p.bytes().all(|b| b.is_ascii_digit()));
+    let (host, port) = host.unwrap_or((registry, ""));
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    loopback && port != "443"
+}
+
+fn endpoints(registry: &str, config: &RegistryConfig) -> Result<Vec<Endpoint>> {
+    let mut all = Vec::new();
+    let trust = Trust { insecure: config.insecure_skip_verify, ca_file: config.ca_file.clone() };
+    let base = |text: &str| {
+        let url = Url::parse(text).context_kind(ErrorKind::InvalidArgument, || format!("read the address {text:?}"))?;
+        if matches!(url.scheme(), "http" | "https") && url.has_host() {
+            Ok(url)
+        } else {
+            Err(Error::invalid(format!("the mirror {text:?} is no http or https address")))
+        }
+    };
+    for mirror in &config.mirrors {
+        all.push(Endpoint { base: base(mirror)?, origin: false, trust: trust.clone() });
+    }
+    if !config.mirror_only || all.is_empty() {
+        let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+        let scheme = if config.plain_http || is_loopback(registry) { "http" } else { "https" };
+        all.push(Endpoint { base: base(&format!("{scheme}://{host}"))?, origin: true, trust });
+    }
+    Ok(all)
+}
+
+/// Goes through endpoints and attempts, and remembers what went wrong.
+struct Attempts<'a> {
+    session: &'a Session,
+    endpoint: usize,
+    failures: u32,
+    errors: Vec<Error>,
+}
+
+impl<'a> Attempts<'a> {
+    fn new(session: &'a Session) -> Self {
+        Self { session, endpoint: 0, failures: 0, errors: Vec::new() }
+    }
+
+    /// Waits before the next attempt, or gives up with all that went wrong.
+    /// Progress made means that the endpoint lives, and begins the count anew.
+    async fn failed(&mut self, error: Error, progress: bool) -> Result<()> {
+        let all = &self.session.endpoints;
+        let last = self.endpoint + 1 == all.len();
+        if progress {
+            self.failures = 0;
+        }
+        let bound = if last { self.session.retries } else { self.session.retries.min(1) };
+        if error.kind() == ErrorKind::Unavailable && self.failures < bound {
+            let pause = BACKOFF.saturating_mul(1 << self.failures.min(8)).min(BACKOFF_MAX);
+            self.failures += 1;
+            tracing::debug!(%error, endpoint = %all[self.endpoint].base, "trying again");
+            return tokio::time::timeout_at(self.session.deadline, tokio::time::sleep(pause))
+                .await
+                .map_err(|_| self.session.too_late());
+        }
+        let fatal = matches!(error.kind(), ErrorKind::ResourceExhausted | ErrorKind::DeadlineExceeded);
+        self.errors.push(error.within(all[self.endpoint].base.as_str().trim_end_matches('/')));
+        if last || fatal {
+            return Err(summary(std::mem::take(&mut self.errors)));
+        }
+        self.endpoint += 1;
+        self.failures = 0;
+        Ok(())
+    }
+}
+
+/// Nobody has it only if everybody said so; else the first other failure counts.
+fn summary(mut errors: Vec<Error>) -> Error {
+    if errors.len() == 1 {
+        return errors.remove(0);
+    }
+    let kinds = errors.iter().map(Error::kind);
+    let kind = kinds.into_iter().find(|k| *k != ErrorKind::NotFound).unwrap_or(ErrorKind::NotFound);
+    let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    Error::new(kind, all.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_registries_speak_http() {
+        for yes in ["localhost", "localhost:5000", "127.0.0.1:5000", "127.3.2.1", "[::1]:5000"] {
+            assert!(is_loopback(yes), "{yes}");
+        }
+        for no in ["localhost:443", "example.com:5000", "10.0.0.1:5000", "docker.io"] {
+            assert!(!is_loopback(no), "{no}");
+        }
+    }
+
+    #[test]
+    fn mirrors_come_first_and_the_registry_last() {
+        let mut config = RegistryConfig { mirrors: vec!["http://127.0.0.1:5000".into()], ..Default::default() };
+        let bases = |c: &RegistryConfig| -> Vec<String> {
+            endpoints("docker.io", c).unwrap().iter().map(|e| e.base.to_string()).collect()
+        };
+        assert_eq!(bases(&config), ["http://127.0.0.1:5000/", "https://registry-1.docker.io/"]);
+        config.mirror_only = true;
+        assert_eq!(bases(&config), ["http://127.0.0.1:5000/"]);
+        config.mirrors = vec!["ftp://x".into()];
+        assert!(endpoints("docker.io", &config).is_err());
+    }
+}

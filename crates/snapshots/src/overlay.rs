@@ -1,0 +1,442 @@
+//! Snapshots as directories for overlayfs.
+//!
+//! ```text
+//! <root>/                0700
+//!   <number>/            0700; numbers come from the database and are never reused
+//!     fs/                a layer's files, or a container's changes
+//!     work/              overlayfs's own, beside a container's changes
+//! ```
+//!
+//! The record is made before the directory and removed before it; so at the
+//! next opening a directory without a record is a leftover, and a record whose
+//! directory is missing is a lie. Both are removed then, drafts too.
+//!
+//! In a layer, a removed name is a character device 0:0 and a replaced directory
+//! has `trusted.overlay.opaque=y`.
+
+use crate::{Draft, Hold, Holds, IdMap, KeyLocks, Mount, Snapshotter, TotalUsage, Usage, copy, tree};
+use async_trait::async_trait;
+use rustix::fs::{Gid, Mode, Uid};
+use std::collections::HashMap;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use store::{SnapshotKind, SnapshotRecord, Store};
+use types::{Error, ErrorKind, Result, ResultExt};
+
+/// What mount(2) takes of options: a page, less its final NUL.
+const OPTIONS_MAX: usize = 4095;
+const OVERLAYFS_MAGIC: i64 = 0x794c_7630;
+
+/// The overlayfs snapshotter; clones share it.
+#[derive(Debug, Clone)]
+pub struct Overlay {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    store: Store,
+    holds: Holds,
+    copies: KeyLocks,
+    index_off: bool,
+}
+
+impl Overlay {
+    /// Opens the snapshots in `root` and removes what a crash left behind.
+    ///
+    /// # Errors
+    /// When the directory can't be made or the database not be read. Leftovers
+    /// that can't be removed are logged, not fatal.
+    pub async fn open(root: &Path, store: Store) -> Result<Overlay> {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(root)
+            .and_then(|()| std::fs::set_permissions(root, std::fs::Permissions::from_mode(0o700)))
+            .context(|| format!("make the snapshots' directory {}", root.display()))?;
+        if rustix::fs::statfs(root).is_ok_and(|s| s.f_type == OVERLAYFS_MAGIC) {
+            tracing::warn!(root = %root.display(),
+                "the snapshots' directory lies on an overlayfs, on which no other can be mounted: choose another root");
+        }
+        let inner = Inner {
+            root: root.to_owned(),
+            store,
+            holds: Holds::default(),
+            copies: KeyLocks::default(),
+            // Without it a lower directory may not be shared by several mounts.
+            index_off: Path::new("/sys/module/overlay/parameters/index").exists(),
+        };
+        let overlay = Overlay { inner: Arc::new(inner) };
+        overlay.inner.clear_leftovers().await?;
+        Ok(overlay)
+    }
+}
+
+/// Runs to its end on a task of its own, whatever becomes of the caller.
+async fn detached<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work).await.map_err(|e| Error::internal("work on a snapshot").because(e))?
+}
+
+/// Runs file system work where it may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("work on a snapshot").because(e))?
+}
+
+fn now_ns() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX))
+}
+
+fn unknown(key: &str) -> Error {
+    Error::not_found(format!("there is no snapshot {key}"))
+}
+
+impl Inner {
+    fn dir(&self, id: i64) -> PathBuf {
+        self.root.join(id.to_string())
+    }
+
+    fn fs(&self, id: i64) -> PathBuf {
+        self.dir(id).join("fs")
+    }
+
+    async fn clear_leftovers(&self) -> Result<()> {
+        let mut known = HashMap::new();
+        for record in self.store.snapshots().await? {
+            if record.kind == SnapshotKind::Draft || !self.fs(record.id).is_dir() {
+                tracing::warn!(snapshot = record.key, id = record.id, "removing an unfinished snapshot");
+                self.store.forget_snapshot(record.id).await?;
+            } else {
+                known.insert(record.id.to_string(), ());
+            }
+        }
+        let root = self.root.clone();
+        blocking(move || {
+            let entries = std::fs::read_dir(&root).context(|| format!("read {}", root.display()))?;
+            for entry in entries.flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                // Only what we may have made ourselves.
+                if name.bytes().all(|b| b.is_ascii_digit())
+                    && !known.contains_key(&name)
+                    && let Err(error) = tree::remove(&entry.path())
+                {
+                    tracing::error!(%error, "a leftover snapshot stays");
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Makes the directory of a new snapshot; its root looks like `like`'s.
+    fn make_dirs(&self, id: i64, like: Option<&Path>, owner: (u32, u32), work: bool) -> Result<()> {
+        let what = || format!("make the directory of snapshot {id}");
+        let make = |path: &Path, mode| std::fs::DirBuilder::new().mode(mode).create(path);
+        make(&self.dir(id), 0o700).context(what)?;
+        let fs = self.fs(id);
+        make(&fs, 0o755).context(what)?;
+        let (mode, uid, gid) = match like {
+            Some(below) => {
+                let m = std::fs::symlink_metadata(below).context(what)?;
+                (m.mode() & 0o7777, m.uid(), m.gid())
+            }
+            None => (0o755, owner.0, owner.1),
+        };
+        rustix::fs::chown(&fs, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).context(what)?;
+        rustix::fs::chmod(&fs, Mode::from_raw_mode(mode)).context(what)?;
+        if work {
+            make(&self.dir(id).join("work"), 0o711).context(what)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the record and the directory of a snapshot, or neither.
+    async fn add(
+        self: &Arc<Self>,
+        key: &str,
+        kind: SnapshotKind,
+        parent: Option<&str>,
+        owner: (u32, u32),
+    ) -> Result<SnapshotRecord> {
+        let record = self.store.add_snapshot(key, kind, parent, now_ns()).await?;
+        let inner = self.clone();
+        let (id, below) = (record.id, record.parent);
+        let made = blocking(move || {
+            let like = below.map(|p| inner.fs(p));
+            inner.make_dirs(id, like.as_deref(), owner, kind == SnapshotKind::Active)
+        })
+        .await;
+        match made {
+            Ok(()) => Ok(record),
+            Err(e) => Err(self.undo(e, key).await),
+        }
+    }
+
+    /// Removes what `error` interrupted, and says so if that fails too.
+    async fn undo(self: &Arc<Self>, error: Error, key: &str) -> Error {
+        match self.drop_snapshot(key).await {
+            Ok(()) => error,
+            Err(second) => Error::new(error.kind(), format!("{error}; and undoing it failed: {second}")),
+        }
+    }
+
+    async fn drop_snapshot(self: &Arc<Self>, key: &str) -> Result<()> {
+        let Some(id) = self.store.delete_snapshot(key).await? else { return Ok(()) };
+        let dir = self.dir(id);
+        blocking(move || tree::remove(&dir)).await
+    }
+
+    async fn sweep(self: &Arc<Self>) -> Result<()> {
+        let holds = self.holds.clone();
+        let free = self.store.sweep_layers(move |key| holds.is_held(key)).await?;
+        if free.is_empty() {
+            return Ok(());
+        }
+        let dirs: Vec<PathBuf> = free.into_iter().map(|id| self.dir(id)).collect();
+        blocking(move || {
+            let errors = dirs.iter().filter_map(|dir| tree::remove(dir).err()).collect();
+            Error::join("remove unused layers", errors)
+        })
+        .await
+    }
+
+    async fn commit(self: &Arc<Self>, id: i64) -> Result<Usage> {
+        let fs = self.fs(id);
+        let usage = blocking(move || tree::usage(&fs)).await?;
+        self.store.commit_snapshot(id, usage.bytes, usage.inodes).await?;
+        Ok(usage)
+    }
+
+    /// The layers from `chain_id` down copied for `map`, where they aren't yet;
+    /// returns the copy's key.
+    async fn mapped_layers(self: &Arc<Self>, chain_id: &str, map: &IdMap) -> Result<(String, Hold)> {
+        let top = self.store.snapshot(chain_id).await?.ok_or_else(|| unknown(chain_id))?;
+        let mut chain = vec![top.clone()];
+        chain.extend(self.store.ancestors(top.id).await?);
+        let key_of = |layer: &SnapshotRecord| format!("{}+{}", layer.key, map.key());
+        let hold = self.holds.hold(chain.iter().flat_map(|l| [l.key.clone(), key_of(l)]).collect());
+        let mut below: Option<String> = None;
+        for layer in chain.iter().rev() {
+            let key = key_of(layer);
+            let _turn = self.copies.lock(&key).await;
+            let there = self.store.snapshot(&key).await?.is_some_and(|s| s.kind == SnapshotKind::Layer);
+            if !there {
+                let draft = self.add(&key, SnapshotKind::Draft, below.as_deref(), (0, 0)).await?;
+                let (from, to, map) = (self.fs(layer.id), self.fs(draft.id), map.clone());
+                let copied = blocking(move || copy::copy_mapped(&from, &to, &map)).await;
+                let done = match copied {
+                    Ok(()) => self.commit(draft.id).await.map(drop),
+                    Err(e) => Err(e),
+                };
+                if let Err(e) = done {
+                    return Err(self.undo(e, &key).await);
+                }
+            }
+            below = Some(key);
+        }
+        Ok((below.unwrap_or_default(), hold))
+    }
+
+    async fn prepare(self: &Arc<Self>, key: &str, parent: Option<&str>, map: Option<&IdMap>) -> Result<Vec<Mount>> {
+        let owner = match map {
+            Some(map) => (map.uid(0)?, map.gid(0)?),
+            None => (0, 0),
+        };
+        let (mapped, hold) = match (parent, map) {
+            (Some(chain_id), Some(map)) => {
+                let (key, hold) = self.mapped_layers(chain_id, map).await?;
+                (Some(key), Some(hold))
+            }
+            _ => (None, None),
+        };
+        let parent = mapped.as_deref().or(parent);
+        let added = self.add(key, SnapshotKind::Active, parent, owner).await;
+        drop(hold);
+        let mounts = match added {
+            Ok(record) => match self.mounts_of(&record).await {
+                Ok(mounts) => Ok(mounts),
+                Err(e) => Err(self.undo(e, key).await),
+            },
+            Err(e) => Err(e),
+        };
+        if mounts.is_err() && mapped.is_some() {
+            self.sweep().await?;
+        }
+        mounts
+    }
+
+    async fn mounts_of(&self, record: &SnapshotRecord) -> Result<Vec<Mount>> {
+        let text = |path: PathBuf| {
+            // overlayfs splits its options at these.
+            match path.to_str() {
+                Some(s) if !s.contains([',', ':', '\\']) => Ok(s.to_owned()),
+                _ => Err(Error::precondition(format!(
+                    "{}: a snapshot's path may not contain a comma, colon or backslash",
+                    path.display()
+                ))),
+            }
+        };
+        let upper = text(self.fs(record.id))?;
+        let below = self.store.ancestors(record.id).await?;
+        if below.is_empty() {
+            return Ok(vec![Mount {
+                kind: "bind".into(),
+                source: upper,
+                target: String::new(),
+                options: vec!["rw".into(), "rbind".into()],
+            }]);
+        }
+        let lower: Vec<String> = below.iter().map(|l| text(self.fs(l.id))).collect::<Result<_>>()?;
+        let mut options = Vec::new();
+        if self.index_off {
+            options.push("index=off".to_owned());
+        }
+        options.push(format!("workdir={}", text(self.dir(record.id).join("work"))?));
+        options.push(format!("upperdir={upper}"));
+        options.push(format!("lowerdir={}", lower.join(":")));
+        let length = options.iter().map(|o| o.len() + 1).sum::<usize>();
+        if length > OPTIONS_MAX {
+            return Err(Error::precondition(format!(
+                "an image of {} layers needs {length} bytes of mount options, the kernel takes {OPTIONS_MAX}",
+                lower.len()
+            ))
+            .hint("squash the image, or choose a shorter root directory"));
+        }
+        Ok(vec![Mount { kind: "overlay".into(), source: "overlay".into(), target: String::new(), options }])
+    }
+}
+
+#[async_trait]
+impl Snapshotter for Overlay {
+    fn root(&self) -> &Path {
+        &self.inner.root
+    }
+
+    fn hold(&self, chain_ids: Vec<String>) -> Hold {
+        self.inner.holds.hold(chain_ids)
+    }
+
+    async fn layer(&self, chain_id: &str) -> Result<Option<Usage>> {
+        let record = self.inner.store.snapshot(chain_id).await?;
+        Ok(record.filter(|r| r.kind == SnapshotKind::Layer).map(|r| Usage { bytes: r.bytes, inodes: r.inodes }))
+    }
+
+    async fn begin_layer(&self, chain_id: &str, parent: Option<&str>) -> Result<Draft> {
+        let inner = self.inner.clone();
+        let (chain_id, parent) = (chain_id.to_owned(), parent.map(str::to_owned));
+        detached(async move {
+            let record = inner.add(&chain_id, SnapshotKind::Draft, parent.as_deref(), (0, 0)).await?;
+            let below = inner.store.ancestors(record.id).await?;
+            let parents = below.iter().map(|l| inner.fs(l.id)).collect();
+            Ok(Draft { id: record.id, chain_id, path: inner.fs(record.id), parents })
+        })
+        .await
+    }
+
+    async fn commit_layer(&self, draft: Draft) -> Result<Usage> {
+        let inner = self.inner.clone();
+        detached(async move {
+            match inner.commit(draft.id).await {
+                Ok(usage) => Ok(usage),
+                Err(e) => Err(inner.undo(e, &draft.chain_id).await),
+            }
+        })
+        .await
+    }
+
+    async fn abort_layer(&self, draft: Draft) -> Result<()> {
+        let inner = self.inner.clone();
+        detached(async move { inner.drop_snapshot(&draft.chain_id).await }).await
+    }
+
+    async fn sync(&self) -> Result<()> {
+        let root = self.inner.root.clone();
+        detached(blocking(move || {
+            let fd = tree::open_dir(&root)?;
+            rustix::fs::syncfs(&fd).context(|| format!("write {} to the disk", root.display()))
+        }))
+        .await
+    }
+
+    async fn keep(&self, chain_ids: Vec<String>) -> Result<()> {
+        let inner = self.inner.clone();
+        detached(async move {
+            inner.store.keep_layers(chain_ids).await?;
+            inner.sweep().await
+        })
+        .await
+    }
+
+    async fn sweep(&self) -> Result<()> {
+        let inner = self.inner.clone();
+        detached(async move { inner.sweep().await }).await
+    }
+
+    async fn prepare(&self, key: &str, parent: Option<&str>, idmap: Option<&IdMap>) -> Result<Vec<Mount>> {
+        let inner = self.inner.clone();
+        let (key, parent, idmap) = (key.to_owned(), parent.map(str::to_owned), idmap.cloned());
+        let work = async move { inner.prepare(&key, parent.as_deref(), idmap.as_ref()).await };
+        detached(work).await
+    }
+
+    async fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
+        match self.inner.store.snapshot(key).await? {
+            Some(record) if record.kind == SnapshotKind::Active => self.inner.mounts_of(&record).await,
+            _ => Err(unknown(key)),
+        }
+    }
+
+    async fn remove(&self, key: &str) -> Result<()> {
+        let inner = self.inner.clone();
+        let key = key.to_owned();
+        detached(async move {
+            let removed = inner.drop_snapshot(&key).await;
+            let swept = inner.sweep().await;
+            Error::join(
+                &format!("remove snapshot {key}"),
+                [removed, swept].into_iter().filter_map(Result::err).collect(),
+            )
+        })
+        .await
+    }
+
+    async fn usage(&self, key: &str) -> Result<Usage> {
+        let record = self.inner.store.snapshot(key).await?.ok_or_else(|| unknown(key))?;
+        if record.kind == SnapshotKind::Layer {
+            return Ok(Usage { bytes: record.bytes, inodes: record.inodes });
+        }
+        let fs = self.inner.fs(record.id);
+        blocking(move || tree::usage(&fs)).await
+    }
+
+    async fn total_usage(&self) -> Result<TotalUsage> {
+        let mut total = TotalUsage::default();
+        let mut active = Vec::new();
+        for record in self.inner.store.snapshots().await? {
+            match record.kind {
+                SnapshotKind::Layer => total.layers += Usage { bytes: record.bytes, inodes: record.inodes },
+                SnapshotKind::Active => active.push(self.inner.fs(record.id)),
+                SnapshotKind::Draft => {}
+            }
+        }
+        blocking(move || {
+            for fs in active {
+                match tree::usage(&fs) {
+                    Ok(usage) => total.active += usage,
+                    // Removed since it was listed.
+                    Err(e) if e.kind() == ErrorKind::NotFound => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            Ok(total)
+        })
+        .await
+    }
+
+    async fn list(&self) -> Result<Vec<String>> {
+        let all = self.inner.store.snapshots().await?;
+        Ok(all.into_iter().filter(|s| s.kind == SnapshotKind::Active).map(|s| s.key).collect())
+    }
+}
