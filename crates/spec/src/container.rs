@@ -204,7 +204,7 @@ fn linux(
     let own_cgroups = input.node.cgroup_mode == CgroupMode::Unified && !sc.privileged;
     let mut linux = LinuxBuilder::default()
         .namespaces(namespaces(input.namespaces, own_cgroups)?)
-        .cgroups_path(resources::cgroups_path(cgroup_parent, input.id, input.policy.cgroup_driver)?)
+        .cgroups_path(resources::cgroups_path(cgroup_parent, input.id, input.node.cgroup_driver)?)
         .resources(limits)
         .build()
         .context(|| "linux section".into())?;

@@ -31,6 +31,8 @@ pub enum CgroupDriver {
 pub struct NodeFacts {
     /// The cgroup layout.
     pub cgroup_mode: CgroupMode,
+    /// Who makes the cgroups.
+    pub cgroup_driver: CgroupDriver,
     /// Huge page sizes that the hugetlb controller knows, in the controller's
     /// words (`2MB`, `1GB`); none where the controller is not mounted.
     pub hugepage_sizes: BTreeSet<String>,
@@ -75,8 +77,6 @@ pub struct Rlimit {
 /// What the operator has chosen for all containers of a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodePolicy {
-    /// Who makes the cgroups.
-    pub cgroup_driver: CgroupDriver,
     /// The filter of a container that names no seccomp profile: true the default
     /// profile, false none (what CRI's conformance suite expects).
     pub default_seccomp: bool,
@@ -93,11 +93,9 @@ pub struct NodePolicy {
 }
 
 impl Default for NodePolicy {
-    /// cgroupfs, no filter unless asked for, and the kubelet's own inert
-    /// annotations.
+    /// No filter unless asked for, and the kubelet's own inert annotations.
     fn default() -> Self {
         Self {
-            cgroup_driver: CgroupDriver::default(),
             default_seccomp: false,
             default_apparmor: None,
             pids_limit: None,

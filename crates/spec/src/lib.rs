@@ -36,10 +36,10 @@ pub use facts::{
 };
 pub use oci_spec::runtime::{LinuxResources, Process, Spec};
 pub use pod::{
-    INIT, InitInput, SysctlNamespace, check_hostname, check_pod, check_sysctls, log_path, pod_bundle_spec,
-    sandbox_init_spec, sysctl_namespace, user_namespace,
+    INIT, SysctlNamespace, check_hostname, check_pod, check_sysctls, log_path, pod_bundle_spec, sandbox_init_spec,
+    sysctl_namespace, user_namespace,
 };
-pub use process::{exec_process, stop_signal};
+pub use process::{exec_process, exec_process_json, stop_signal};
 pub use resources::{apply_update, cgroups_path, linux_resources};
 pub use seccomp::default_profile as default_seccomp_profile;
 pub use security::{DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, seccomp_profile_path};

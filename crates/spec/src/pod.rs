@@ -1,7 +1,7 @@
 //! What belongs to a pod and not to one of its containers: checks of its
 //! configuration, the spec of its bundle, the spec of its init.
 
-use crate::facts::{IdMaps, NodeFacts, NodePolicy, PidMode, PodNamespaces};
+use crate::facts::{CgroupDriver, IdMaps, NodeFacts, NodePolicy, PidMode, PodNamespaces};
 use crate::{annotations, caps, container, mounts, paths, resources, seccomp};
 use oci_spec::runtime::{
     Capability, LinuxBuilder, LinuxResources, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
@@ -158,7 +158,7 @@ pub fn user_namespace(options: &cri::NamespaceOption) -> Result<Option<IdMaps>> 
 ///
 /// # Errors
 /// `InvalidArgument` that names pod, field and value.
-pub fn check_pod(config: &cri::PodSandboxConfig, policy: &NodePolicy) -> Result<()> {
+pub fn check_pod(config: &cri::PodSandboxConfig) -> Result<()> {
     let metadata = config.metadata.as_ref().ok_or_else(|| Error::invalid("pod config: metadata is missing"))?;
     let check = || {
         if metadata.name.is_empty() {
@@ -169,7 +169,8 @@ pub fn check_pod(config: &cri::PodSandboxConfig, policy: &NodePolicy) -> Result<
             paths::host_path("log_directory", &config.log_directory)?;
         }
         let Some(linux) = &config.linux else { return Ok(()) };
-        resources::cgroups_path(&linux.cgroup_parent, "x", policy.cgroup_driver)?;
+        // Its form is checked when the first cgroup is made; here, that it climbs nowhere.
+        resources::cgroups_path(&linux.cgroup_parent, "x", CgroupDriver::Cgroupfs)?;
         let options = linux.security_context.as_ref().and_then(|s| s.namespace_options.clone()).unwrap_or_default();
         let host = |mode: i32| mode == NamespaceMode::Node as i32;
         check_sysctls(&linux.sysctls, host(options.network), host(options.ipc))?;
@@ -198,31 +199,21 @@ fn blank() -> Result<Spec> {
     Ok(spec)
 }
 
-/// What the init of a pod-shared pid namespace is made of.
-#[derive(Debug)]
-pub struct InitInput<'a> {
-    /// The pod's id, which is the init's task id too.
-    pub pod_id: &'a str,
-    /// The pod's configuration.
-    pub config: &'a cri::PodSandboxConfig,
-    /// The node.
-    pub node: &'a NodeFacts,
-    /// The operator's choices.
-    pub policy: &'a NodePolicy,
-    /// The pod's namespaces; the pid mode is not looked at.
-    pub namespaces: &'a PodNamespaces,
-    /// The static init binary on the host.
-    pub binary: &'a Path,
-}
-
 /// The spec of a pod's init: the static binary, bind-mounted over an empty,
 /// read-only rootfs, in a new pid namespace and the pod's others, as root without
-/// any right.
+/// any right. Its id is the pod's; `namespaces.pid` is not looked at, and `binary`
+/// is the init on the host.
 ///
 /// # Errors
 /// `InvalidArgument` for a cgroup parent that can't be used.
-pub fn sandbox_init_spec(input: &InitInput<'_>) -> Result<Spec> {
-    let linux_config = input.config.linux.clone().unwrap_or_default();
+pub fn sandbox_init_spec(
+    pod_id: &str,
+    config: &cri::PodSandboxConfig,
+    namespaces: &PodNamespaces,
+    binary: &Path,
+    node: &NodeFacts,
+) -> Result<Spec> {
+    let parent = config.linux.as_ref().map_or("", |l| l.cgroup_parent.as_str());
     let nothing = caps::none();
     let mut process = ProcessBuilder::default()
         .args(vec![INIT.to_string()])
@@ -236,36 +227,35 @@ pub fn sandbox_init_spec(input: &InitInput<'_>) -> Result<Spec> {
         .context(|| "init's process".into())?;
     process.set_rlimits(None);
     // It should die last: everything in the pod's pid namespace dies with it.
-    let may_lower = input.node.bounding.contains(&Capability::SysResource);
-    process.set_oom_score_adj(Some(if may_lower { INIT_OOM_SCORE_ADJ } else { input.node.oom_score_adj }));
+    let may_lower = node.bounding.contains(&Capability::SysResource);
+    process.set_oom_score_adj(Some(if may_lower { INIT_OOM_SCORE_ADJ } else { node.oom_score_adj }));
 
-    let namespaces = PodNamespaces { pid: PidMode::Private, ..input.namespaces.clone() };
+    let namespaces = PodNamespaces { pid: PidMode::Private, ..namespaces.clone() };
     let mut linux = LinuxBuilder::default()
         .namespaces(container::namespaces(&namespaces, false)?)
-        .cgroups_path(resources::cgroups_path(&linux_config.cgroup_parent, input.pod_id, input.policy.cgroup_driver)?)
+        .cgroups_path(resources::cgroups_path(parent, pod_id, node.cgroup_driver)?)
         .build()
         .context(|| "init's linux section".into())?;
     let mut limits = LinuxResources::default();
     limits.set_devices(Some(vec![container::deny_all_devices()?]));
     linux.set_resources(Some(limits)).set_masked_paths(None).set_readonly_paths(None);
     container::set_user_maps(&mut linux, &namespaces)?;
-    if input.node.seccomp {
-        linux.set_seccomp(Some(seccomp::default_profile(&Default::default(), &input.node.arch)?));
+    if node.seccomp {
+        linux.set_seccomp(Some(seccomp::default_profile(&Default::default(), &node.arch)?));
     }
     // The runtime needs /proc to start a process at all, and /dev for its defaults.
     let plain = ["nosuid", "noexec", "nodev"];
     let list = vec![
         mounts::mount(Path::new("/proc"), "proc", Path::new("proc"), &plain)?,
         mounts::mount(Path::new("/dev"), "tmpfs", Path::new("tmpfs"), &["nosuid", "noexec", "mode=755", "size=64k"])?,
-        mounts::mount(Path::new(INIT), "bind", input.binary, &["bind", "ro", "nosuid", "nodev"])?,
+        mounts::mount(Path::new(INIT), "bind", binary, &["bind", "ro", "nosuid", "nodev"])?,
     ];
-    let mut all = annotations::allowed(input.config.annotations.clone(), &input.policy.annotations);
-    all.extend(annotations::identity(input.pod_id, input.config, None));
+    let identity = annotations::identity(pod_id, config, None);
     let mut spec = blank()?;
     spec.set_root(Some(
         RootBuilder::default().path("rootfs").readonly(true).build().context(|| "init's rootfs".into())?,
     ));
-    spec.set_process(Some(process)).set_mounts(Some(list)).set_linux(Some(linux)).set_annotations(Some(all));
+    spec.set_process(Some(process)).set_mounts(Some(list)).set_linux(Some(linux)).set_annotations(Some(identity));
     Ok(spec)
 }
 
@@ -367,15 +357,7 @@ mod tests {
         let config = cri::PodSandboxConfig::default();
         let node = NodeFacts { seccomp: true, arch: "x86_64".into(), ..Default::default() };
         let namespaces = PodNamespaces { net: Some("/n".into()), ..Default::default() };
-        let spec = sandbox_init_spec(&InitInput {
-            pod_id: "p",
-            config: &config,
-            node: &node,
-            policy: &NodePolicy::default(),
-            namespaces: &namespaces,
-            binary: Path::new("/usr/libexec/init"),
-        })
-        .unwrap();
+        let spec = sandbox_init_spec("p", &config, &namespaces, Path::new("/usr/libexec/init"), &node).unwrap();
         let process = spec.process().clone().unwrap();
         assert!(process.capabilities().as_ref().unwrap().bounding().as_ref().unwrap().is_empty());
         assert_eq!(process.no_new_privileges(), Some(true));
@@ -394,6 +376,6 @@ mod tests {
         let all = spec.annotations().clone().unwrap();
         assert_eq!(all["io.kubernetes.cri.container-type"], "sandbox");
         assert_eq!(all["io.kubernetes.cri.sandbox-id"], "p");
-        check_pod(&config, &NodePolicy::default()).unwrap();
+        check_pod(&config).unwrap();
     }
 }

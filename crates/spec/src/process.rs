@@ -3,10 +3,10 @@
 
 use crate::facts::ImageDefaults;
 use crate::paths;
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::Process;
 use proto::cri;
 use std::path::PathBuf;
-use types::{Error, Result, Signal};
+use types::{Error, Result, ResultExt, Signal};
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -113,34 +113,38 @@ pub(crate) fn cwd(config: &cri::ContainerConfig, image: &ImageDefaults) -> Resul
     Ok(path)
 }
 
-/// The process of an exec in a container made from `spec`: everything is the
-/// container's own but the arguments, and it has a terminal only if `tty`, then
-/// with TERM=xterm (behaviours.md section 1).
+/// The process of an exec in a container whose own process is `own`: everything is
+/// the container's but the arguments, and it has a terminal only if `tty`, then with
+/// TERM=xterm (behaviours.md section 1).
 ///
 /// # Errors
-/// `InvalidArgument` for an empty command or one with a NUL byte; `Internal` if
-/// the spec has no process.
-pub fn exec_process(spec: &Spec, cmd: &[String], tty: bool) -> Result<Process> {
+/// `InvalidArgument` for an empty command or one with a NUL byte.
+pub fn exec_process(own: &Process, cmd: Vec<String>, tty: bool) -> Result<Process> {
     if cmd.is_empty() {
         return Err(Error::invalid("exec: the command is empty"));
     }
-    check_args(cmd)?;
-    let mut process =
-        spec.process().clone().ok_or_else(|| Error::internal("exec: the container's spec has no process"))?;
-    process.set_args(Some(cmd.to_vec()));
-    process.set_terminal(Some(tty));
-    process.set_console_size(None);
+    check_args(&cmd).map_err(|e| e.within("exec"))?;
+    let mut process = own.clone();
+    process.set_args(Some(cmd)).set_terminal(Some(tty)).set_console_size(None);
     if tty {
         let mut env = Environment::default();
-        for entry in process.env().iter().flatten() {
-            if let Some((key, value)) = entry.split_once('=') {
-                env.set(key, value);
-            }
+        for (key, value) in own.env().iter().flatten().filter_map(|e| e.split_once('=')) {
+            env.set(key, value);
         }
         env.set("TERM", "xterm");
         process.set_env(Some(env.0.into_iter().map(|(k, v)| format!("{k}={v}")).collect()));
     }
     Ok(process)
+}
+
+/// [`exec_process`] from and to JSON: `own` is the `process` object of the
+/// container's config.json.
+///
+/// # Errors
+/// As there, and `Internal` if `own` is no process.
+pub fn exec_process_json(own: &str, cmd: Vec<String>, tty: bool) -> Result<String> {
+    let own: Process = serde_json::from_str(own).context(|| "exec: read the container's process".into())?;
+    serde_json::to_string(&exec_process(&own, cmd, tty)?).context(|| "exec: encode the process".into())
 }
 
 /// The signal that asks the container to stop: CRI's, else the image's, else
@@ -182,6 +186,22 @@ mod tests {
         let cleared = ImageDefaults { entrypoint: vec![String::new()], cmd: words("c"), ..Default::default() };
         assert_eq!(args(&Default::default(), &cleared).unwrap(), words("c"));
         assert!(args(&Default::default(), &Default::default()).is_err());
+    }
+
+    #[test]
+    fn an_exec_is_the_containers_process_with_other_arguments() {
+        let own = r#"{"terminal":true,"user":{"uid":5,"gid":6,"additionalGids":[6,7]},"args":["a"],"cwd":"/w",
+            "env":["TERM=vt100","A=1"],"capabilities":{"bounding":["CAP_KILL"],"inheritable":[]},"noNewPrivileges":true}"#;
+        let exec: Process = serde_json::from_str(&exec_process_json(own, words("b c"), false).unwrap()).unwrap();
+        let own: Process = serde_json::from_str(own).unwrap();
+        assert_eq!(exec.args().as_ref().unwrap(), &words("b c"));
+        assert_eq!(exec.terminal(), Some(false));
+        let mut expected = own.clone();
+        expected.set_args(exec.args().clone()).set_terminal(Some(false));
+        assert_eq!(exec, expected, "nothing else differs");
+        let with_tty = exec_process(&own, words("b"), true).unwrap();
+        assert_eq!(with_tty.env().as_ref().unwrap(), &words("TERM=xterm A=1"));
+        assert!(exec_process(&own, vec![], false).is_err());
     }
 
     fn pair(key: &str, value: &str) -> cri::KeyValue {
