@@ -413,3 +413,88 @@ async fn the_inits_rootfs_is_there_only_where_pids_are_shared() {
     world.sandboxes.teardown(&private).await.unwrap();
     assert_eq!(world.leavings(), Vec::<PathBuf>::new());
 }
+
+/// Runs a shell line in a container of the pod, with the real runc.
+fn in_container(world: &World, state: &SandboxState, line: &str) -> String {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let name = format!("longshore-test-{:.20}", types::new_id().unwrap());
+    let bundle = world.root.path().join(&name);
+    for dir in ["rootfs/bin", "rootfs/proc", "rootfs/dev", "rootfs/etc"] {
+        std::fs::create_dir_all(bundle.join(dir)).unwrap();
+    }
+    std::fs::copy("/bin/busybox", bundle.join("rootfs/bin/busybox")).unwrap();
+    let (uid, gid) = (state.plan.mapped_root_uid().unwrap_or(0), state.bundle_gid().unwrap_or(0));
+    for path in ["rootfs", "rootfs/bin", "rootfs/bin/busybox", "rootfs/proc", "rootfs/dev", "rootfs/etc"] {
+        chown(bundle.join(path), Some(uid), Some(gid)).unwrap();
+    }
+    chown(&bundle, None, Some(gid)).unwrap();
+    std::fs::set_permissions(&bundle, std::fs::Permissions::from_mode(0o710)).unwrap();
+    // The temporary directory itself is closed to all but root.
+    std::fs::set_permissions(world.root.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+    std::fs::write(bundle.join("config.json"), runc_config(state, &name, line).to_string()).unwrap();
+    let mut run = Command::new("timeout");
+    run.args(["30", "runc", "--root"]).arg(world.root.path().join("runc"));
+    let output = run.arg("run").arg("--bundle").arg(&bundle).arg(&name).stdin(Stdio::null()).output().unwrap();
+    let _ =
+        Command::new("runc").arg("--root").arg(world.root.path().join("runc")).args(["delete", "-f", &name]).output();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+fn runc_config(state: &SandboxState, name: &str, line: &str) -> serde_json::Value {
+    use serde_json::json;
+    let bind = |to: &str, from: &Path| json!({"destination": to, "type": "bind", "source": from, "options": ["bind"]});
+    let mut namespaces = vec![json!({"type": "pid"}), json!({"type": "mount"})];
+    for (kind, pin) in [("network", &state.net), ("ipc", &state.ipc), ("uts", &state.uts), ("user", &state.user)] {
+        namespaces.extend(pin.as_ref().map(|path| json!({"type": kind, "path": path})));
+    }
+    let map = |id: &str| match &state.plan.user {
+        Some(maps) => {
+            let ranges = if id == "uid" { &maps.uids } else { &maps.gids };
+            ranges.iter().map(|m| json!({"containerID": m.container, "hostID": m.host, "size": m.length})).collect()
+        }
+        None => Vec::new(),
+    };
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/busybox", "sh", "-ec", line], "cwd": "/",
+            "env": ["PATH=/bin"], "noNewPrivileges": true},
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            bind("/dev/shm", &state.shm_path), bind("/etc/hostname", &state.hostname_path),
+            bind("/etc/hosts", &state.hosts_path), bind("/etc/resolv.conf", &state.resolv_conf_path),
+        ],
+        "linux": {"namespaces": namespaces, "uidMappings": map("uid"), "gidMappings": map("gid"),
+            "cgroupsPath": format!("/{name}")},
+    })
+}
+
+#[tokio::test]
+async fn containers_of_a_real_runtime_join_the_pod() {
+    for config in [pod(POD, CONTAINER, POD), userns_pod()] {
+        let world = World::new();
+        let (id, state) = world.pod(&config).await;
+        let b = "/bin/busybox";
+        let show = format!("{b} hostname; {b} cat /etc/hostname; {b} ip link show lo; {b} id -u; {b} ls -l /etc/hosts");
+        let text = in_container(&world, &state, &show);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[..2], ["web-0", "web-0"], "{text}");
+        assert!(lines[2].contains("LOOPBACK,UP"), "{text}");
+        assert!(lines.contains(&"0") && text.ends_with("/etc/hosts"), "{text}");
+        for (kind, pin) in [("net", &state.net), ("ipc", &state.ipc), ("uts", &state.uts)] {
+            let pinned = sys::namespace::inode(pin.as_deref().unwrap()).unwrap();
+            let seen = in_container(&world, &state, &format!("{b} readlink /proc/self/ns/{kind}"));
+            assert_eq!(seen, format!("{kind}:[{pinned}]"));
+        }
+        if let Some(user) = &state.user {
+            let seen = in_container(&world, &state, &format!("{b} readlink /proc/self/ns/user"));
+            assert_eq!(seen, format!("user:[{}]", sys::namespace::inode(user).unwrap()));
+        }
+        in_container(&world, &state, &format!("echo shared > /dev/shm/x; {b} chmod 600 /dev/shm/x"));
+        assert_eq!(in_container(&world, &state, &format!("{b} cat /dev/shm/x")), "shared");
+        world.sandboxes.teardown(&id).await.unwrap();
+        assert_eq!(world.leavings(), Vec::<PathBuf>::new());
+    }
+}
