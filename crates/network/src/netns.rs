@@ -144,4 +144,27 @@ mod tests {
         }
         assert_eq!(sys::mount::mounts_below(root.path()).unwrap(), Vec::<PathBuf>::new());
     }
+
+    /// Where `/run` is shared already, nothing is mounted for us; an `ip netns add`
+    /// that comes later binds the directory, our pins included, onto itself.
+    #[test]
+    fn an_ip_netns_that_comes_later_hides_no_pin() {
+        let root = tempfile::tempdir().unwrap();
+        let run = root.path().canonicalize().unwrap();
+        sys::mount::tmpfs(&run, "mode=755").unwrap();
+        sys::mount::make_shared(&run).unwrap();
+        let netns = NetnsDir::at(run.join("netns"));
+        let made = netns.prepare();
+        let pinned = netns.pin("a", Path::new("/proc/self/ns/net"));
+        let bound = sys::mount::bind_onto_itself(&run.join("netns"));
+        let unpinned = netns.unpin("a");
+        let left = sys::mount::mounts_below(&run.join("netns"));
+        for mount in sys::mount::mounts_below(&run).unwrap() {
+            sys::mount::detach_all(&mount).unwrap();
+        }
+        assert!(!made.unwrap());
+        pinned.unwrap();
+        bound.and(unpinned).unwrap();
+        assert_eq!(left.unwrap(), [run.join("netns")], "only the bind itself is left");
+    }
 }

@@ -334,4 +334,23 @@ mod tests {
             assert!(receive(&b).is_err(), "{bytes:?}");
         }
     }
+
+    #[test]
+    fn what_the_pods_root_was_denied_the_nodes_root_writes() {
+        let sysctls = vec![("kernel.sem".into(), "1 2 3 4".into()), ("kernel.msgmax".into(), "1234".into())];
+        let later = Wanted { ipc: true, sysctls, ..Wanted::default() };
+        let now = Wanted { ipc: true, ..Wanted::default() };
+        let read = |file| std::fs::read_to_string(format!("/proc/sys/kernel/{file}")).unwrap();
+        let of_node = (read("sem"), read("msgmax"));
+        let seen = crate::namespace::make(&now, &mut |_| {}, |links| {
+            let sem = read("sem");
+            write_denied(&later, &[b"1".to_vec()], links)?;
+            assert_eq!(read("sem"), sem, "only what was denied is written");
+            assert!(write_denied(&later, &[b"2".to_vec()], links).is_err());
+            Ok(read("msgmax"))
+        })
+        .unwrap();
+        assert_eq!(seen.trim(), "1234");
+        assert_eq!((read("sem"), read("msgmax")), of_node);
+    }
 }
