@@ -1,1 +1,14 @@
 //! End to end: the real binaries, real peers.
+//!
+//! A [`Daemon`] is a private one of ours, with directories, socket and cgroups of
+//! its own, which leaves nothing behind when it is dropped, also when a test
+//! panics. [`Cri`] speaks to any CRI socket.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that lacks its fixtures has to stop")]
+
+mod client;
+mod daemon;
+mod node;
+
+pub use client::{Cri, container, pod};
+pub use daemon::{Daemon, bin_dir, busybox};
+pub use node::{Leftovers, children, command_line, pss_kib, wait_for};

@@ -7,6 +7,10 @@ mod serve;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // Before anything else, above all before any thread: the namespace helper.
+    if let Some(code) = sys::ns_helper::run_if_asked() {
+        return code;
+    }
     let mut cli = cli::parse();
     match cli.command {
         cli::Command::Serve(args) => match serve::run(args) {

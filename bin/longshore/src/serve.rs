@@ -77,7 +77,11 @@ async fn serve(config: Config) -> Result<()> {
         }
     };
     let features = found.as_ref().ok().and_then(|f| f.features.clone());
-    let node = pods::facts::node_facts(features.as_ref())?;
+    let mut node = pods::facts::node_facts(features.as_ref())?;
+    node.cgroup_driver = match config.runtime.cgroup_driver {
+        CgroupDriver::Cgroupfs => spec::CgroupDriver::Cgroupfs,
+        CgroupDriver::Systemd => spec::CgroupDriver::Systemd,
+    };
     let (events_tx, events) = tokio::sync::mpsc::unbounded_channel();
     let shim = find_binary(&config.runtime.shim, "containerd-shim-longshore-v2")?;
     let runtime = ShimManager::new(shim_config(&config, &shim, &runtime_binary), events_tx).await?;
@@ -219,10 +223,6 @@ fn shim_config(config: &Config, shim: &Path, runtime_binary: &Path) -> ShimConfi
 
 fn policy(config: &Config) -> spec::NodePolicy {
     let mut policy = spec::NodePolicy {
-        cgroup_driver: match config.runtime.cgroup_driver {
-            CgroupDriver::Cgroupfs => spec::CgroupDriver::Cgroupfs,
-            CgroupDriver::Systemd => spec::CgroupDriver::Systemd,
-        },
         default_seccomp: config.containers.seccomp == Seccomp::Default,
         pids_limit: Some(config.containers.pids_limit).filter(|n| *n > 0),
         ..Default::default()

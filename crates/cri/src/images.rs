@@ -38,14 +38,17 @@ impl Cri {
 
     async fn pull(&self, r: PullImageRequest) -> Result<PullImageResponse> {
         let name = asked(r.image)?;
-        let auth = r.auth.map(|a| Auth {
-            username: a.username,
-            password: a.password,
-            auth: a.auth,
-            server_address: a.server_address,
-            identity_token: a.identity_token,
-            registry_token: a.registry_token,
-        });
+        let auth = match r.auth {
+            Some(a) => Auth::from_cri(
+                &a.username,
+                &a.password,
+                &a.auth,
+                &a.server_address,
+                &a.identity_token,
+                &a.registry_token,
+            )?,
+            None => None,
+        };
         Ok(PullImageResponse { image_ref: self.images.pull(&name, auth).await? })
     }
 

@@ -90,7 +90,7 @@ impl Pods {
                 .hint(format!("there are: {}", self.shared.config.handlers.join(", "))));
         }
         let plan = sandbox::plan(&config, |id| self.target_pid(id)).map_err(|e| e.within(pod_name(&config)))?;
-        spec::check_pod(&config, &self.shared.policy)?;
+        spec::check_pod(&config)?;
         let (tx, mut attempt) = watch::channel(None);
         match self.shared.registry.reserve(&key, attempt.clone()) {
             Ok(()) => {

@@ -255,11 +255,7 @@ async fn sweep(shared: &Arc<Shared>, stored: &[Stored], unreadable: &BTreeSet<St
     pods.extend(unreadable.iter().cloned());
     let mut containers: BTreeSet<String> = stored.iter().flat_map(|s| s.containers.iter().map(|c| c.id.clone())).collect();
     containers.extend(unreadable.iter().cloned());
-    let (swept, outcome) = shared.sandboxes.leftovers(pods).await;
-    for what in swept {
-        tracing::info!("removed what a former daemon left: {what}");
-    }
-    let mut errors: Vec<Error> = outcome.err().into_iter().collect();
+    let mut errors: Vec<Error> = shared.sandboxes.sweep(&pods).await;
     match shared.snapshots.list().await {
         Ok(keys) => {
             for key in keys.iter().filter(|k| !containers.contains(*k)) {

@@ -93,7 +93,7 @@ async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<Co
         shared.timelines.timed(&pod.id, OP, "snapshot", &name, shared.bounded("preparing the snapshot", prepare)).await?;
     let made = shared
         .timelines
-        .timed(&pod.id, OP, "spec", &name, make_spec(ctx, id, &config, &image, lower_dirs(&mounts)))
+        .timed(&pod.id, OP, "spec", &name, make_spec(ctx, id, &config, &image, layered(&mounts)))
         .await?;
     write_files(ctx, id, &made, log_path.as_deref()).await?;
     let stdin = if config.stdin { Some(make_stdin(ctx, id).await?) } else { None };
@@ -121,17 +121,17 @@ async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<Co
 fn snapshot_idmap(maps: &spec::IdMaps) -> snapshots::IdMap {
     let ranges = |map: &[spec::IdMap]| {
         map.iter()
-            .map(|m| snapshots::IdRange { container: m.container, host: m.host, length: m.length })
+            .map(|m| snapshots::IdRange { container: m.container, host: m.host, size: m.length })
             .collect()
     };
     snapshots::IdMap { uids: ranges(&maps.uids), gids: ranges(&maps.gids) }
 }
 
-/// The directories that a container's rootfs will be made of, topmost first: its
-/// users and groups are looked up there, before anything is mounted.
-fn lower_dirs(mounts: &[snapshots::Mount]) -> Vec<PathBuf> {
-    let options = mounts.iter().flat_map(|m| m.options.iter());
-    options.filter_map(|o| o.strip_prefix("lowerdir=")).flat_map(|l| l.split(':')).map(PathBuf::from).collect()
+/// What a container's rootfs will be made of: its users and groups are looked up
+/// there, before anything is mounted.
+fn layered(mounts: &[snapshots::Mount]) -> LayeredRoot {
+    let options: Vec<&String> = mounts.iter().flat_map(|m| m.options.iter()).collect();
+    LayeredRoot::from_overlay(&options)
 }
 
 async fn make_spec(
@@ -139,7 +139,7 @@ async fn make_spec(
     id: &str,
     config: &ContainerConfig,
     image: &Image,
-    lower: Vec<PathBuf>,
+    root: LayeredRoot,
 ) -> Result<ContainerSpec> {
     let (shared, pod) = (&ctx.shared, &ctx.pod);
     let defaults = ImageDefaults::from(&image.config);
@@ -148,7 +148,7 @@ async fn make_spec(
     let profile = spec::seccomp_profile_path(&sc)?;
     let owned = config.clone();
     let (rootfs, host, profile) = tokio::task::spawn_blocking(move || -> Result<_> {
-        let rootfs = facts::rootfs_facts(&LayeredRoot::new(lower), &request)?;
+        let rootfs = facts::rootfs_facts(&root, &request)?;
         let host = facts::host_facts(&owned)?;
         Ok((rootfs, host, profile.map(|p| facts::read_profile(&p)).transpose()?))
     })
@@ -181,9 +181,8 @@ async fn make_spec(
     for warning in &made.warnings {
         tracing::warn!("container {id:.12}: {warning}");
     }
-    for path in &made.ensure {
-        tokio::fs::create_dir_all(path).await.context(|| format!("make the host path {}", path.display()))?;
-    }
+    let missing = made.ensure.clone();
+    tokio::task::spawn_blocking(move || facts::make_missing(&missing)).await.context(|| "make host paths".into())??;
     Ok(made)
 }
 

@@ -85,14 +85,8 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
 
 async fn start_init(shared: &Arc<Shared>, new: &NewPod, sandbox: &SandboxState) -> Result<u32> {
     let rootfs = shared.sandboxes.init_rootfs(&new.id).await?;
-    let spec = spec::sandbox_init_spec(&spec::InitInput {
-        pod_id: &new.id,
-        config: &new.config,
-        node: &shared.node,
-        policy: &shared.policy,
-        namespaces: &sandbox.namespaces(),
-        binary: &shared.config.pod_init,
-    })?;
+    let binary = &shared.config.pod_init;
+    let spec = spec::sandbox_init_spec(&new.id, &new.config, &sandbox.namespaces(), binary, &shared.node)?;
     let config_json = serde_json::to_string(&spec).context(|| format!("encode the init of pod {}", new.id))?;
     let task = TaskSpec {
         id: new.id.clone(),

@@ -1,0 +1,3 @@
+//! Side by side with Debian's containerd, in one run.
+
+fn main() {}
