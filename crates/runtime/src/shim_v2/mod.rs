@@ -1,1 +1,253 @@
-//! The shim manager.
+//! The shim manager: one shim per pod, over ttrpc (behaviours.md section 3).
+//!
+//! ```text
+//!  ShimManager ── Inner ──┬─ pods: id ─► Pod ── watch<PodState{phase, tasks}>
+//!  (trait Runtime)        │                      ▲      phase: Absent ─► Starting ─► Up(Shim)
+//!                         │                      │             ▲                      │   │
+//!                         │                      │             └──── Burying ◄── died ┘   │ stop
+//!                         │                      │                    Gone ◄── Stopping ◄─┘
+//!   caller ─► detached() ─┴─► pod.rs task.rs exec.rs recover.rs ─► Shim (ttrpc) ─► process
+//!                                  ▲
+//!   Wait, outstanding per task ────┘──► RuntimeEvent::Exited
+//!   pidfd of the shim ───► bury ──────► Exited for each, ShimGone
+//! ```
+//!
+//! A caller may drop its future at any await: all work is done in tasks of the
+//! manager's own, which go on to their end. A phase changes synchronously; the
+//! one who moved it to Starting, Burying or Stopping does that work, everybody
+//! else watches. On-disk layout: `bundle.rs`.
+
+mod bootstrap;
+mod bundle;
+mod cgroup;
+mod config;
+mod events;
+mod exec;
+mod foreign;
+mod holders;
+mod launch;
+mod ops;
+mod pod;
+mod recover;
+mod rpc;
+mod shim;
+mod task;
+
+pub use config::{ShimConfig, Timeouts};
+
+use crate::api::{
+    ExecOutput, ExecSyncSpec, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec, TaskState,
+};
+use async_trait::async_trait;
+use bundle::Layout;
+use launch::Binary;
+use ops::Ops;
+use pod::Pod;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc::UnboundedSender;
+use types::{Error, Result, Signal};
+
+/// Runs pods through a shim v2 binary.
+pub struct ShimManager {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    cfg: ShimConfig,
+    layout: Layout,
+    binary: Binary,
+    cgroups: Vec<PathBuf>,
+    events: UnboundedSender<RuntimeEvent>,
+    pods: Mutex<HashMap<String, Arc<Pod>>>,
+    logs: foreign::Logs,
+    ops: Ops,
+}
+
+impl ShimManager {
+    /// Makes the directories and cgroups that all pods share. Pods of an earlier
+    /// daemon are found by [`Runtime::recover`], not here.
+    ///
+    /// # Errors
+    /// The state directory can't be made, or the events socket not be bound.
+    pub async fn new(cfg: ShimConfig, events: UnboundedSender<RuntimeEvent>) -> Result<Arc<Self>> {
+        let layout = Layout::new(cfg.state.clone());
+        let serves_events = !cfg.bears_our_name();
+        let binary = Binary::new(&cfg, &layout.events(), serves_events);
+        let (l, cgroup) = (layout.clone(), cfg.shim_cgroup.clone());
+        let cgroups = bundle::blocking(move || {
+            l.prepare()?;
+            Ok(cgroup.as_deref().map(cgroup::prepare).unwrap_or_default())
+        })
+        .await?;
+        let inner = Arc::new(Inner {
+            cfg,
+            layout,
+            binary,
+            cgroups,
+            events,
+            pods: Mutex::default(),
+            logs: foreign::Logs::default(),
+            ops: Ops::default(),
+        });
+        if serves_events {
+            events::serve(&inner).await?;
+        }
+        Ok(Arc::new(Self { inner }))
+    }
+
+    /// The pid of the pod's shim, where it runs now.
+    pub fn shim_pid(&self, pod: &str) -> Option<u32> {
+        self.inner.find(pod)?.up().map(|s| s.pid)
+    }
+
+    /// What the manager does now, a sentence each with its age: for people who
+    /// wonder what is stuck.
+    pub fn waiting(&self) -> Vec<String> {
+        self.inner.ops.list()
+    }
+
+    /// The pids of all processes of a container, as the shim knows them.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown pod or container; those of the shim.
+    pub async fn pids(&self, pod: &str, id: &str) -> Result<Vec<u32>> {
+        let (inner, pod, id) = (self.inner.clone(), pod.to_string(), id.to_string());
+        self.detached(format!("list the processes of container {id}"), async move { inner.pids(&pod, &id).await }).await
+    }
+
+    /// Runs `work` to its end, whether or not the caller stays to hear of it.
+    async fn detached<T: Send + 'static>(
+        &self,
+        what: String,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let op = self.inner.ops.begin(what);
+        let work = async move {
+            let _op = op;
+            work.await
+        };
+        match tokio::spawn(work).await {
+            Ok(r) => r,
+            Err(e) => Err(Error::internal("an operation of the shim manager ended early").because(e)),
+        }
+    }
+}
+
+impl Inner {
+    fn pods(&self) -> MutexGuard<'_, HashMap<String, Arc<Pod>>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, pod: &str) -> Option<Arc<Pod>> {
+        self.pods().get(pod).cloned()
+    }
+
+    fn find_or_insert(&self, pod: &str) -> Arc<Pod> {
+        self.pods().entry(pod.to_string()).or_insert_with(|| Arc::new(Pod::new(pod))).clone()
+    }
+
+    /// Strikes a pod from the table, if the table still means this one.
+    fn strike(&self, pod: &Arc<Pod>) {
+        let mut pods = self.pods();
+        if pods.get(&pod.id).is_some_and(|p| Arc::ptr_eq(p, pod)) {
+            pods.remove(&pod.id);
+        }
+    }
+
+    fn tell(&self, event: RuntimeEvent) {
+        // Nobody listens any more only while the daemon ends.
+        let _ = self.events.send(event);
+    }
+}
+
+/// Each method clones what it names and works in a task of its own.
+macro_rules! detach {
+    ($self:ident, $what:expr, $inner:ident, [$($name:ident),*], $work:expr) => {{
+        let $inner = $self.inner.clone();
+        $(let $name = $name.to_owned();)*
+        let what = $what;
+        $self.detached(what, async move { $work.await }).await
+    }};
+}
+
+#[async_trait]
+impl Runtime for ShimManager {
+    async fn start_pod(&self, pod: &PodSpec) -> Result<PodProcess> {
+        types::check_identifier("pod id", &pod.id)?;
+        detach!(self, format!("start the shim of pod {}", pod.id), inner, [pod], inner.start_pod(&pod))
+    }
+
+    async fn stop_pod(&self, pod: &str) -> Result<()> {
+        types::check_identifier("pod id", pod)?;
+        detach!(self, format!("stop the shim of pod {pod}"), inner, [pod], inner.stop_pod(&pod))
+    }
+
+    async fn create_task(&self, pod: &PodSpec, task: &TaskSpec) -> Result<u32> {
+        types::check_identifier("pod id", &pod.id)?;
+        types::check_identifier("container id", &task.id)?;
+        let what = format!("create container {} in pod {}", task.id, pod.id);
+        detach!(self, what, inner, [pod, task], inner.create_task(&pod, task))
+    }
+
+    async fn start_task(&self, pod: &str, id: &str) -> Result<()> {
+        detach!(self, format!("start container {id}"), inner, [pod, id], inner.start_task(&pod, &id))
+    }
+
+    async fn kill_task(&self, pod: &str, id: &str, signal: Signal, all: bool, why: &str) -> Result<()> {
+        let what = format!("send {signal} to container {id}");
+        detach!(self, what, inner, [pod, id, why], inner.kill_task(&pod, &id, signal, all, &why))
+    }
+
+    async fn delete_task(&self, pod: &str, id: &str) -> Result<()> {
+        types::check_identifier("pod id", pod)?;
+        types::check_identifier("container id", id)?;
+        detach!(self, format!("delete container {id}"), inner, [pod, id], inner.delete_task(&pod, &id))
+    }
+
+    async fn task_state(&self, pod: &str, id: &str) -> Result<TaskState> {
+        detach!(self, format!("ask the state of container {id}"), inner, [pod, id], inner.task_state(&pod, &id))
+    }
+
+    async fn pause_task(&self, pod: &str, id: &str) -> Result<()> {
+        detach!(self, format!("pause container {id}"), inner, [pod, id], inner.pause_task(&pod, &id))
+    }
+
+    async fn resume_task(&self, pod: &str, id: &str) -> Result<()> {
+        detach!(self, format!("resume container {id}"), inner, [pod, id], inner.resume_task(&pod, &id))
+    }
+
+    async fn update_task(&self, pod: &str, id: &str, resources_json: &str) -> Result<()> {
+        let what = format!("update container {id}");
+        detach!(self, what, inner, [pod, id, resources_json], inner.update_task(&pod, &id, resources_json))
+    }
+
+    async fn resize_task(&self, pod: &str, id: &str, width: u32, height: u32) -> Result<()> {
+        let what = format!("resize the terminal of container {id}");
+        detach!(self, what, inner, [pod, id], inner.resize_task(&pod, &id, width, height))
+    }
+
+    async fn close_stdin(&self, pod: &str, id: &str) -> Result<()> {
+        detach!(self, format!("close stdin of container {id}"), inner, [pod, id], inner.close_stdin(&pod, &id))
+    }
+
+    async fn reopen_log(&self, pod: &str, id: &str) -> Result<()> {
+        detach!(self, format!("reopen the log of container {id}"), inner, [pod, id], inner.reopen_log(&pod, &id))
+    }
+
+    async fn exec_sync(&self, pod: &str, id: &str, exec: ExecSyncSpec) -> Result<ExecOutput> {
+        // Held by this future alone: when the caller drops it, `caller` fails in
+        // the task that runs the command.
+        let (_here, caller) = tokio::sync::oneshot::channel::<()>();
+        detach!(self, format!("exec in container {id}"), inner, [pod, id], inner.exec_sync(&pod, &id, exec, caller))
+    }
+
+    async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
+        let inner = self.inner.clone();
+        match self.detached("find the pods again".into(), async move { Ok(inner.recover(pods).await) }).await {
+            Ok(found) => found,
+            Err(e) => vec![Err(e)],
+        }
+    }
+}

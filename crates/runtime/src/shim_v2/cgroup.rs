@@ -1,0 +1,87 @@
+//! Shims live in a cgroup of the runtime's own, never in the pod's: the pod's
+//! figures are the pod's (DESIGN.md, "Cgroups").
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Makes `cgroup` in each mounted hierarchy and returns their directories. What
+/// can't be made is warned about: a shim elsewhere still works.
+pub(crate) fn prepare(cgroup: &str) -> Vec<PathBuf> {
+    let mounts = match fs::read_to_string("/proc/self/mounts") {
+        Ok(m) => m,
+        Err(e) => {
+            tracing::warn!(error = %e, "/proc/self/mounts can't be read: shims stay in the daemon's cgroup");
+            return Vec::new();
+        }
+    };
+    hierarchies(&mounts)
+        .into_iter()
+        .filter_map(|root| match make(&root, cgroup) {
+            Ok(dir) => Some(dir),
+            Err(e) => {
+                tracing::warn!(hierarchy = %root.display(), cgroup, error = %e, "the shims' cgroup can't be made");
+                None
+            }
+        })
+        .collect()
+}
+
+/// Moves a process into each of `dirs`.
+pub(crate) fn place(dirs: &[PathBuf], pid: u32) {
+    for dir in dirs {
+        if let Err(e) = fs::write(dir.join("cgroup.procs"), pid.to_string()) {
+            // ESRCH: it died; whoever watches it says so.
+            if e.raw_os_error() != Some(rustix::io::Errno::SRCH.raw_os_error()) {
+                tracing::warn!(pid, cgroup = %dir.display(), error = %e, "a shim stays in the daemon's cgroup");
+            }
+        }
+    }
+}
+
+fn hierarchies(mounts: &str) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for line in mounts.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(_), Some(at), Some(kind)) = (words.next(), words.next(), words.next()) else { continue };
+        if matches!(kind, "cgroup" | "cgroup2") && !found.iter().any(|f| f == Path::new(at)) {
+            found.push(at.into());
+        }
+    }
+    found
+}
+
+fn make(root: &Path, cgroup: &str) -> std::io::Result<PathBuf> {
+    let mut dir = root.to_path_buf();
+    for part in cgroup.split('/').filter(|p| !p.is_empty() && *p != "..") {
+        let parent = dir.clone();
+        dir.push(part);
+        match fs::create_dir(&dir) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e),
+        }
+        // A v1 cpuset takes no process before it has CPUs and memory nodes.
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            if let (Ok(of_parent), Ok(own)) =
+                (fs::read_to_string(parent.join(file)), fs::read_to_string(dir.join(file)))
+                && own.trim().is_empty()
+                && dir.join("cgroup.clone_children").exists()
+            {
+                fs::write(dir.join(file), of_parent.trim())?;
+            }
+        }
+    }
+    Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_hierarchy_counts_once() {
+        let mounts = "proc /proc proc rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
+                      cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(hierarchies(mounts), [Path::new("/sys/fs/cgroup/cpu"), Path::new("/sys/fs/cgroup/unified")]);
+    }
+}

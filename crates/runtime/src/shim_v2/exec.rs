@@ -1,0 +1,356 @@
+//! ExecSync (behaviours.md section 1).
+//!
+//! ```text
+//!  FIFOs ─► Exec ─► Wait (registered) ─► Start ─► exited ─► drained ─► Delete ─► answer
+//!                                          │         │         └ late: name who holds it, Delete
+//!                                          │         └ timeout, or the caller has gone:
+//!                                          └ failed: Delete      SIGKILL, wait, Delete
+//! ```
+//!
+//! It runs in a task of the manager's, so it always comes to its Delete. The
+//! FIFOs' directory stands in the container's bundle as long as the shim may know
+//! the exec: what a dead daemon left is found by it and killed.
+
+use super::Inner;
+use super::bundle::{self, blocking};
+use super::holders::{self, Node};
+use super::pod::Pod;
+use super::rpc::Fault;
+use super::shim::Shim;
+use super::task::{PROCESS_URL, kill};
+use crate::api::{ExecOutput, ExecSyncSpec};
+use bytes::Bytes;
+use proto::containerd::task::v3 as wire;
+use std::collections::HashSet;
+use std::future::pending;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+use stdio::Capped;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
+
+/// How much of a random id names an exec: FIFO paths and the shim's lines stay short.
+const ID_LENGTH: usize = 16;
+
+/// One command, from its FIFOs to its Delete.
+struct Exec {
+    inner: Arc<Inner>,
+    pod: Arc<Pod>,
+    shim: Arc<Shim>,
+    container: String,
+    id: String,
+    dir: PathBuf,
+}
+
+/// Why the command is not waited for any longer.
+enum Turn {
+    Exited(std::result::Result<wire::WaitResponse, Fault>),
+    Late(Duration),
+    CallerGone,
+}
+
+struct Readers {
+    out: OwnedFd,
+    err: OwnedFd,
+    nodes: HashSet<Node>,
+}
+
+impl Inner {
+    pub(super) async fn exec_sync(
+        self: &Arc<Self>,
+        pod: &str,
+        container: &str,
+        spec: ExecSyncSpec,
+        caller: oneshot::Receiver<()>,
+    ) -> Result<ExecOutput> {
+        let (pod, shim) = self.reach(pod).await?;
+        let mut id = types::new_id()?;
+        id.truncate(ID_LENGTH);
+        let dir = self.layout.exec(&pod.id, container, &id);
+        let exec = Exec { inner: self.clone(), pod, shim, container: container.to_string(), id, dir };
+        let d = exec.dir.clone();
+        let readers = blocking(move || open(&d)).await;
+        let out = match readers {
+            Ok(readers) => exec.run(spec, readers, caller).await,
+            Err(e) => Err(e),
+        };
+        let d = exec.dir.clone();
+        if let Err(e) = blocking(move || bundle::remove_tree(&d)).await {
+            tracing::warn!(container, error = %e, "the FIFOs of an exec stay behind");
+        }
+        out
+    }
+}
+
+/// Makes the FIFOs and opens their reading ends, before the shim opens the others.
+fn open(dir: &std::path::Path) -> Result<Readers> {
+    std::fs::create_dir(dir).context(|| format!("create {}: is the container there?", dir.display()))?;
+    let mut nodes = HashSet::new();
+    let mut one = |name: &str| {
+        let path = dir.join(name);
+        bundle::make_fifo(&path)?;
+        let fd = stdio::fifo::open_reader(&path)?;
+        let stat = rustix::fs::fstat(&fd).context(|| format!("stat {}", path.display()))?;
+        nodes.insert((stat.st_dev, stat.st_ino));
+        Ok::<_, Error>(fd)
+    };
+    let (out, err) = (one("out")?, one("err")?);
+    Ok(Readers { out, err, nodes })
+}
+
+/// Goes on with `io` while `work` is awaited; `io` ends at most once.
+async fn alongside<T>(
+    io: &mut Pin<&mut impl Future<Output = Result<()>>>,
+    work: impl Future<Output = T>,
+    done: &mut Option<Result<()>>,
+) -> T {
+    let mut work = pin!(work);
+    loop {
+        tokio::select! {
+            biased;
+            t = &mut work => return t,
+            r = io.as_mut(), if done.is_none() => *done = Some(r),
+        }
+    }
+}
+
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(t) => tokio::time::sleep_until(t).await,
+        None => pending().await,
+    }
+}
+
+impl Exec {
+    fn what(&self, call: &str) -> String {
+        format!("{call} exec in container {}", self.container)
+    }
+
+    async fn run(&self, spec: ExecSyncSpec, readers: Readers, mut caller: oneshot::Receiver<()>) -> Result<ExecOutput> {
+        let bound = self.inner.cfg.timeouts.create;
+        let begun = Instant::now();
+        let request = wire::ExecProcessRequest {
+            id: self.container.clone(),
+            exec_id: self.id.clone(),
+            terminal: false,
+            stdin: String::new(),
+            stdout: self.dir.join("out").to_string_lossy().into_owned(),
+            stderr: self.dir.join("err").to_string_lossy().into_owned(),
+            spec: Some(prost_types::Any { type_url: PROCESS_URL.into(), value: spec.process_json.into_bytes() }),
+        };
+        match self.shim.task().exec(bound, request).await.map_err(Fault::from) {
+            Ok(()) => {}
+            Err(Fault::Late) => {
+                self.delete().await;
+                return Err(Fault::Late.within(&self.what("make"), bound));
+            }
+            Err(e) => return Err(e.within(&self.what("make"), bound)),
+        }
+        // Queueing counts: what is left of the bound is the start's.
+        let permit = tokio::select! {
+            permit = self.pod.runtime_calls.acquire() => permit.ok(),
+            () = at(Some(begun + bound)) => None,
+            _ = &mut caller => {
+                self.delete().await;
+                return Err(Error::new(ErrorKind::Cancelled, self.what("the caller has gone before the start of")));
+            }
+        };
+        if permit.is_none() {
+            self.delete().await;
+            return Err(Error::deadline(format!("{}: other execs took longer than {bound:?}", self.what("start"))));
+        }
+
+        let mut wait = pin!(async {
+            let request = wire::WaitRequest { id: self.container.clone(), exec_id: self.id.clone() };
+            self.shim.task().wait(Duration::ZERO, request).await.map_err(Fault::from)
+        });
+        let mut early = None;
+        let left = bound.saturating_sub(begun.elapsed()).max(Duration::from_millis(1));
+        let started = {
+            let mut start = pin!(async {
+                let request = wire::StartRequest { id: self.container.clone(), exec_id: self.id.clone() };
+                self.shim.task().start(left, request).await.map_err(Fault::from)
+            });
+            loop {
+                tokio::select! {
+                    biased;
+                    // Polled first: it goes out first.
+                    ended = &mut wait, if early.is_none() => early = Some(ended),
+                    started = &mut start => break started,
+                }
+            }
+        };
+        drop(permit);
+        let pid = match started {
+            Ok(answer) => answer.pid,
+            Err(Fault::Late) => {
+                self.kill_and_delete().await;
+                return Err(Fault::Late.within(&self.what("start"), left));
+            }
+            Err(e) => {
+                self.delete().await;
+                return Err(e.within(&self.what("start"), left));
+            }
+        };
+        let Readers { out, err, mut nodes } = readers;
+        // A foreign shim puts pipes between the process and our FIFOs.
+        if !self.shim.own() {
+            nodes = holders::outputs(pid);
+        }
+        let (mut stdout, mut stderr) = (Capped::new(spec.keep), Capped::new(spec.keep));
+        let mut drained = None;
+        let turn = {
+            let mut io = pin!(async {
+                let both = tokio::join!(stdio::collect(out, &mut stdout), stdio::collect(err, &mut stderr));
+                both.0.and(both.1)
+            });
+            let deadline = spec.timeout.map(|t| Instant::now() + t);
+            let ends = async {
+                if let Some(ended) = early {
+                    return Turn::Exited(ended);
+                }
+                tokio::select! {
+                    biased;
+                    ended = &mut wait => Turn::Exited(ended),
+                    () = at(deadline) => Turn::Late(spec.timeout.unwrap_or_default()),
+                    _ = &mut caller => Turn::CallerGone,
+                }
+            };
+            let turn = alongside(&mut io, ends, &mut drained).await;
+            if drained.is_none() && matches!(turn, Turn::Exited(Ok(_))) {
+                tokio::select! {
+                    biased;
+                    done = io.as_mut() => drained = Some(done),
+                    () = at(spec.drain_timeout.map(|t| Instant::now() + t)) => {}
+                    _ = &mut caller => {}
+                }
+            }
+            turn
+        };
+        match turn {
+            Turn::Exited(Ok(ended)) => {
+                let output = match drained {
+                    Some(Ok(())) => Ok(ExecOutput {
+                        stdout: Bytes::from(stdout.into_kept()),
+                        stderr: Bytes::from(stderr.into_kept()),
+                        status: ExitStatus::from_code(ended.exit_status),
+                    }),
+                    Some(Err(e)) => Err(e.within(self.what("read the output of"))),
+                    None => Err(self.held(spec.drain_timeout.unwrap_or_default(), nodes).await),
+                };
+                self.delete().await;
+                output
+            }
+            Turn::Exited(Err(e)) => {
+                if !matches!(e, Fault::Closed) {
+                    self.kill_and_delete().await;
+                }
+                Err(e.within(&self.what("wait for"), Duration::ZERO))
+            }
+            Turn::Late(t) => {
+                self.kill_and_delete().await;
+                Err(Error::deadline(format!("{}: timeout {t:?} exceeded", self.what("run")))
+                    .hint("the command was killed; its output is dropped"))
+            }
+            Turn::CallerGone => {
+                self.kill_and_delete().await;
+                Err(Error::new(ErrorKind::Cancelled, self.what("the caller has gone during")))
+            }
+        }
+    }
+
+    /// The error of a command that has ended while somebody else still holds its
+    /// output.
+    async fn held(&self, drain: Duration, nodes: HashSet<Node>) -> Error {
+        let (shim, us) = (self.shim.pid, std::process::id());
+        let (foreign, known) = (!self.shim.own(), nodes);
+        let init = self.init_pid().await;
+        let named = blocking(move || {
+            let nodes = if known.is_empty() && foreign {
+                // It had ended before its pipes could be seen: what the shim still
+                // reads from, but for what the container's own init writes to.
+                let of_init = init.map(holders::outputs).unwrap_or_default();
+                &holders::read_ends(shim) - &of_init
+            } else {
+                known
+            };
+            Ok(holders::writers(&nodes, &[shim, us]))
+        })
+        .await
+        .unwrap_or_default();
+        let by = if named.is_empty() { "other processes".to_string() } else { format!("other processes: {named}") };
+        Error::internal(format!(
+            "{}: the command has ended, but {drain:?} later its io is still held by {by}",
+            self.what("drain the output of")
+        ))
+        .hint("let what the command leaves running redirect its stdout and stderr")
+    }
+
+    async fn init_pid(&self) -> Option<u32> {
+        match self.inner.ask_state(&self.pod, &self.shim, &self.container).await {
+            Ok(crate::TaskState::Running { pid } | crate::TaskState::Paused { pid }) => Some(pid),
+            _ => None,
+        }
+    }
+
+    /// Takes the exec out of the shim, under a bound of its own.
+    async fn delete(&self) {
+        let bound = self.inner.cfg.timeouts.cleanup;
+        let request = wire::DeleteRequest { id: self.container.clone(), exec_id: self.id.clone() };
+        match self.shim.task().delete(bound, request).await.map_err(Fault::from) {
+            Ok(_) | Err(Fault::Closed) => {}
+            Err(e) if e.is_not_found() => {}
+            Err(e) => {
+                let e = e.within(&self.what("delete"), bound);
+                tracing::warn!(error = %e, "an exec stays in the shim");
+            }
+        }
+    }
+
+    async fn kill_and_delete(&self) {
+        self.inner.kill_exec(&self.shim, &self.container, &self.id).await;
+        self.delete().await;
+    }
+}
+
+impl Inner {
+    /// SIGKILL to an exec, and its end, under a bound.
+    async fn kill_exec(&self, shim: &Shim, container: &str, exec: &str) {
+        let bound = self.cfg.timeouts.cleanup;
+        let killed = kill(shim, container, exec, Signal::KILL, false, bound).await;
+        let request = wire::WaitRequest { id: container.to_string(), exec_id: exec.to_string() };
+        let ended = shim.task().wait(bound, request).await.map(|_| ()).map_err(Fault::from);
+        match ended.or(killed) {
+            Ok(()) | Err(Fault::Closed) => {}
+            Err(e) if e.is_not_found() => {}
+            Err(e) => {
+                let e = e.within(&format!("kill exec {exec} in container {container}"), bound);
+                tracing::warn!(error = %e, "an exec can't be killed");
+            }
+        }
+    }
+
+    /// Kills the execs of a daemon that died (DESIGN.md, "RPC handlers").
+    pub(super) async fn end_old_execs(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>, container: &str) {
+        let execs = self.layout.task(&pod.id, container).join("execs");
+        for id in bundle::list(&execs) {
+            let dir = execs.join(&id);
+            let exec = Exec {
+                inner: self.clone(),
+                pod: pod.clone(),
+                shim: shim.clone(),
+                container: container.to_string(),
+                id,
+                dir: dir.clone(),
+            };
+            exec.kill_and_delete().await;
+            if let Err(e) = blocking(move || bundle::remove_tree(&dir)).await {
+                tracing::warn!(container, error = %e, "the FIFOs of an old exec stay behind");
+            }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Pods found again after a restart of the daemon.
+//!
+//! Every bundle is visited at the same time as all others, each under its own
+//! bounds; what fails is that pod's result alone.
+
+use super::Inner;
+use super::bundle::{self, blocking};
+use super::pod::Pod;
+use super::shim::Shim;
+use super::task::Task;
+use crate::api::{PodProcess, RecoverPod, RecoveredPod, TaskState};
+use std::collections::HashSet;
+use std::sync::Arc;
+use tokio::task::JoinSet;
+use types::{Error, Result};
+
+impl Inner {
+    pub(super) async fn recover(self: &Arc<Self>, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
+        let asked: HashSet<String> = pods.iter().map(|p| p.spec.id.clone()).collect();
+        let layout = self.layout.clone();
+        let found = blocking(move || Ok(bundle::list(&layout.bundles()))).await.unwrap_or_default();
+        let mut strangers = JoinSet::new();
+        for id in found.into_iter().filter(|id| !asked.contains(id)) {
+            let inner = self.clone();
+            strangers.spawn(async move {
+                tracing::info!(pod = id, "cleans up a bundle of no known pod");
+                if let Err(e) = inner.stop_pod(&id).await {
+                    tracing::warn!(pod = id, error = %e, "a bundle of no known pod stays");
+                }
+            });
+        }
+        let running: Vec<_> = pods
+            .into_iter()
+            .map(|p| {
+                let (inner, id) = (self.clone(), p.spec.id.clone());
+                (id, tokio::spawn(async move { inner.recover_pod(p).await }))
+            })
+            .collect();
+        let mut results = Vec::with_capacity(running.len());
+        for (id, task) in running {
+            results.push(match task.await {
+                Ok(r) => r.map_err(|e| e.within(format!("find pod {id} again"))),
+                Err(e) => Err(Error::internal(format!("find pod {id} again")).because(e)),
+            });
+        }
+        // Their own bounds hold; but a stuck one must not hold up the start.
+        if tokio::time::timeout(self.cfg.timeouts.load, async { while strangers.join_next().await.is_some() {} })
+            .await
+            .is_err()
+        {
+            strangers.detach_all();
+        }
+        results
+    }
+
+    async fn recover_pod(self: &Arc<Self>, asked: RecoverPod) -> Result<RecoveredPod> {
+        let id = asked.spec.id;
+        if !self.layout.pod(&id).exists() {
+            let containers = asked.containers.into_iter().map(|c| (c, None)).collect();
+            return Ok(RecoveredPod { id, process: None, containers });
+        }
+        let pod = self.find_or_insert(&id);
+        let shim = match pod.shim(self).await {
+            Ok(shim) => Some(shim),
+            Err(e) if e.is_not_found() => None,
+            Err(e) => return Err(e),
+        };
+        let mut all = JoinSet::new();
+        let mut known = self.known_tasks(&pod);
+        known.extend(asked.containers.iter().filter(|c| !known.contains(c)).cloned().collect::<Vec<_>>());
+        for (at, container) in known.into_iter().enumerate() {
+            let wanted = asked.containers.contains(&container);
+            let (inner, pod, shim) = (self.clone(), pod.clone(), shim.clone());
+            all.spawn(async move {
+                let state = match shim {
+                    Some(shim) => inner.recover_task(&pod, &shim, &container, wanted).await,
+                    None => Ok(inner.recover_dead(&pod, &container, wanted).await),
+                };
+                (at, container, wanted, state)
+            });
+        }
+        let mut found = all.join_all().await;
+        found.sort_by_key(|f| f.0);
+        let mut containers = Vec::new();
+        for (_, container, wanted, state) in found {
+            match state {
+                Ok(state) if wanted => containers.push((container, state)),
+                Ok(_) => {}
+                Err(e) if wanted => return Err(e),
+                Err(e) => tracing::warn!(pod = id, container, error = %e, "a left-over task stays"),
+            }
+        }
+        let process = shim.map(|s| PodProcess { pid: s.pid, own: s.own() });
+        Ok(RecoveredPod { id, process, containers })
+    }
+
+    /// A container of a shim that lives.
+    async fn recover_task(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        shim: &Arc<Shim>,
+        id: &str,
+        wanted: bool,
+    ) -> Result<Option<TaskState>> {
+        if !wanted {
+            self.kill_and_delete(pod, shim, id).await?;
+            let dir = self.layout.task(&pod.id, id);
+            blocking(move || bundle::remove_task(&dir)).await?;
+            return Ok(None);
+        }
+        let state = match self.ask_state(pod, shim, id).await {
+            Ok(state) => state,
+            // No task: it was deleted, or died with an earlier shim, and only
+            // its bundle still tells how.
+            Err(e) if e.is_not_found() => return Ok(self.recover_dead(pod, id, wanted).await),
+            Err(e) => return Err(e),
+        };
+        let task = Arc::new(Task::new(id));
+        if !shim.can("cri-log") {
+            let resumed = self.logs.resume(&self.layout.task(&pod.id, id)).await;
+            match resumed {
+                Ok(logger) => task.set_logger(logger),
+                Err(e) => tracing::warn!(container = id, error = %e, "its log does not go on"),
+            }
+        }
+        let fresh = pod.update(|s| s.tasks.insert(id.to_string(), task.clone()).is_none());
+        if fresh {
+            // An end that comes from now on is told as an event; one that is
+            // known already is in the answer, and told as well.
+            self.watch_task(pod, shim, &task);
+        }
+        let (inner, pod, shim, container) = (self.clone(), pod.clone(), shim.clone(), id.to_string());
+        tokio::spawn(async move { inner.end_old_execs(&pod, &shim, &container).await });
+        Ok(Some(state))
+    }
+
+    /// A container whose shim is dead, or that its shim does not know.
+    async fn recover_dead(self: &Arc<Self>, pod: &Arc<Pod>, id: &str, wanted: bool) -> Option<TaskState> {
+        let dir = self.layout.task(&pod.id, id);
+        if !dir.exists() {
+            return None;
+        }
+        let certificate = self.bury_task(&pod.id, id).await;
+        if !wanted {
+            if let Err(e) = blocking(move || bundle::remove_task(&dir)).await {
+                tracing::warn!(pod = pod.id, container = id, error = %e, "a dead container's bundle stays");
+            }
+            return None;
+        }
+        let task = Arc::new(Task::new(id));
+        task.bury(certificate.clone());
+        pod.update(|s| s.tasks.insert(id.to_string(), task));
+        Some(TaskState::Stopped(certificate))
+    }
+}

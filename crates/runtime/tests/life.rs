@@ -1,0 +1,222 @@
+//! A pod's life through the manager, with our shim and with containerd's.
+
+mod common;
+
+use common::{Kind, Node, alive, eventually, kill_9};
+use longshore_runtime::{RecoverPod, Runtime, RuntimeEvent, TaskState};
+use std::time::Duration;
+use types::{ErrorKind, ExitStatus, Signal};
+
+fn a_pod_runs(kind: Kind) {
+    let mut node = Node::new(kind);
+    let m = node.m().clone();
+    let pod = node.pod("pod1");
+    let first = node.run(m.start_pod(&pod)).unwrap();
+    assert_eq!(first.own, kind == Kind::Ours);
+    assert_eq!(node.run(m.start_pod(&pod)).unwrap(), first, "one shim for the whole life of a pod");
+    assert_eq!(m.shim_pid("pod1"), Some(first.pid));
+
+    node.launch("pod1", "c1", &["/bin/sh", "-c", "echo to-out; echo to-err >&2; exit 7"]);
+    assert_eq!(node.exit_of("c1").status, ExitStatus::Code(7));
+    let state = node.run(m.task_state("pod1", "c1")).unwrap();
+    assert!(matches!(state, TaskState::Stopped(c) if c.status == ExitStatus::Code(7)));
+    node.run(m.delete_task("pod1", "c1")).unwrap();
+    node.run(m.delete_task("pod1", "c1")).unwrap();
+    let log = node.log("c1");
+    eventually("the log has both lines", || {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        text.contains(" stdout F to-out\n") && text.contains(" stderr F to-err\n")
+    });
+
+    let pid = node.launch("pod1", "c2", &["/bin/sleep", "1000"]);
+    assert_eq!(node.run(m.task_state("pod1", "c2")).unwrap(), TaskState::Running { pid });
+    assert_eq!(node.run(m.pids("pod1", "c2")).unwrap(), [pid]);
+    node.run(m.pause_task("pod1", "c2")).unwrap();
+    assert_eq!(node.run(m.task_state("pod1", "c2")).unwrap(), TaskState::Paused { pid });
+    node.run(m.resume_task("pod1", "c2")).unwrap();
+    node.run(m.update_task("pod1", "c2", r#"{"pids":{"limit":77}}"#)).unwrap();
+    let refused = node.run(m.delete_task("pod1", "c2")).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::FailedPrecondition, "{refused}");
+    let again = node.task("pod1", "c2", &["/bin/true"]);
+    assert_eq!(node.run(m.create_task(&pod, &again)).unwrap_err().kind(), ErrorKind::AlreadyExists);
+    node.run(m.kill_task("pod1", "c2", Signal::KILL, false, "a test")).unwrap();
+    let end = node.exit_of("c2");
+    assert_eq!((end.status, end.killed_by.as_deref()), (ExitStatus::Signal(9), Some("a test")));
+    node.run(m.kill_task("pod1", "c2", Signal::TERM, false, "late")).unwrap();
+    assert_eq!(m.shim_pid("pod1"), Some(first.pid));
+    assert!(alive(first.pid));
+
+    // One is dead and one runs when the pod is stopped.
+    let pid = node.launch("pod1", "c3", &["/bin/sleep", "1000"]);
+    node.run(m.stop_pod("pod1")).unwrap();
+    node.run(m.stop_pod("pod1")).unwrap();
+    assert_eq!(node.exit_of("c3").status, ExitStatus::Signal(9));
+    assert!(!alive(pid) && !alive(first.pid));
+    node.no_event();
+    assert_eq!(node.run(m.task_state("pod1", "c3")).unwrap_err().kind(), ErrorKind::NotFound);
+    assert!(m.waiting().is_empty());
+    node.assert_clean();
+}
+
+fn what_fails_leaves_nothing(kind: Kind) {
+    let mut node = Node::new(kind);
+    let m = node.m().clone();
+    let pod = node.pod("pod1");
+    node.run(m.start_pod(&pod)).unwrap();
+    let task = node.task("pod1", "bad", &["/bin/no-such-command"]);
+    let e = node.run(async {
+        match m.create_task(&pod, &task).await {
+            Err(e) => Err(e),
+            Ok(_) => m.start_task("pod1", "bad").await,
+        }
+    });
+    let e = e.unwrap_err();
+    assert!(e.to_string().contains("no-such-command"), "the runtime's own words are passed on: {e}");
+    node.run(m.delete_task("pod1", "bad")).unwrap();
+    assert!(!node.bundle("pod1").join("tasks/bad").exists());
+
+    let mut task = node.task("pod1", "mount", &["/bin/true"]);
+    task.rootfs[0].source = "/no/such/rootfs".into();
+    assert!(node.run(m.create_task(&pod, &task)).is_err());
+    assert!(!node.bundle("pod1").join("tasks/mount").exists());
+    // The same name works once the cause is gone.
+    node.launch("pod1", "mount", &["/bin/true"]);
+    assert_eq!(node.exit_of("mount").status, ExitStatus::Code(0));
+    node.run(m.stop_pod("pod1")).unwrap();
+    node.assert_clean();
+}
+
+fn a_dead_shim_is_buried_and_replaced(kind: Kind) {
+    let mut node = Node::new(kind);
+    let m = node.m().clone();
+    let pod = node.pod("pod1");
+    let first = node.run(m.start_pod(&pod)).unwrap();
+    let (a, b) = (node.launch("pod1", "a", &["/bin/sleep", "1000"]), node.launch("pod1", "b", &["/bin/sleep", "1000"]));
+    node.launch("pod1", "done", &["/bin/sh", "-c", "exit 3"]);
+    let done = node.exit_of("done");
+    kill_9(first.pid);
+    for _ in 0..2 {
+        match node.event() {
+            RuntimeEvent::Exited { container, certificate, .. } => {
+                assert!(container == "a" || container == "b");
+                assert_eq!(certificate.status.code(), 137);
+            }
+            RuntimeEvent::ShimGone { .. } => panic!("the shim's end is told after that of its containers"),
+        }
+    }
+    assert!(matches!(node.event(), RuntimeEvent::ShimGone { pod } if pod == "pod1"));
+    assert!(!alive(a) && !alive(b));
+    let state = node.run(m.task_state("pod1", "done")).unwrap();
+    assert_eq!(state, TaskState::Stopped(done), "an end that was told never changes");
+    for id in ["a", "b", "done"] {
+        node.run(m.delete_task("pod1", id)).unwrap();
+    }
+    node.launch("pod1", "a", &["/bin/sh", "-c", "exit 4"]);
+    let second = m.shim_pid("pod1").unwrap();
+    assert_ne!(first.pid, second);
+    assert_eq!(node.exit_of("a").status, ExitStatus::Code(4));
+    // And once more, with stop straight after the kill.
+    node.launch("pod1", "c", &["/bin/sleep", "1000"]);
+    kill_9(second);
+    node.run(m.stop_pod("pod1")).unwrap();
+    assert_eq!(node.exit_of("c").status.code(), 137);
+    node.assert_clean();
+}
+
+fn a_dead_daemon_harms_nobody(kind: Kind) {
+    let mut node = Node::new(kind);
+    let m = node.m().clone();
+    let shim = node.run(m.start_pod(&node.pod("pod1"))).unwrap();
+    let lives = node.launch("pod1", "lives", &["/bin/sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.1; done"]);
+    node.launch("pod1", "dies", &["/bin/sh", "-c", "sleep 0.5; exit 6"]);
+    let other = node.run(m.start_pod(&node.pod("pod2"))).unwrap();
+    node.launch("pod2", "lost", &["/bin/sleep", "1000"]);
+    let stranger = node.run(m.start_pod(&node.pod("pod3"))).unwrap();
+    let strange = node.launch("pod3", "strange", &["/bin/sleep", "1000"]);
+    let exec = node.exec(&["/bin/sleep", "777"]);
+    let mm = m.clone();
+    node.spawn(async move { mm.exec_sync("pod1", "lives", exec).await });
+    eventually("the exec runs", || node.run(m.pids("pod1", "lives")).unwrap().len() >= 3);
+    drop(m);
+
+    node.die();
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(alive(lives) && alive(shim.pid));
+    kill_9(other.pid);
+    node.start();
+    let m = node.m().clone();
+    let ask = |pod: &str, ids: &[&str]| RecoverPod {
+        spec: node.pod(pod),
+        containers: ids.iter().map(ToString::to_string).collect(),
+    };
+    let asked = vec![ask("pod1", &["lives", "dies", "never-made"]), ask("pod2", &["lost"]), ask("pod4", &["gone"])];
+    let mut found = node.run(m.recover(asked)).into_iter().map(Result::unwrap);
+    let pod1 = found.next().unwrap();
+    assert_eq!(pod1.process, Some(shim));
+    let of = |id: &str| pod1.containers.iter().find(|c| c.0 == id).unwrap().1.clone();
+    assert_eq!(of("lives"), Some(TaskState::Running { pid: lives }));
+    assert!(matches!(of("dies"), Some(TaskState::Stopped(c)) if c.status == ExitStatus::Code(6)));
+    assert_eq!(of("never-made"), None);
+    let pod2 = found.next().unwrap();
+    assert_eq!(pod2.process, None);
+    assert!(matches!(&pod2.containers[0].1, Some(TaskState::Stopped(c)) if c.status.code() == 137));
+    let pod4 = found.next().unwrap();
+    assert_eq!((pod4.process, &pod4.containers[0].1), (None, &None));
+    eventually("a pod that nobody knows is gone", || !alive(strange) && !alive(stranger.pid));
+
+    eventually("the old daemon's exec is killed", || {
+        let pids = node.run(m.pids("pod1", "lives")).unwrap();
+        !pids.iter().any(|p| std::fs::read_to_string(format!("/proc/{p}/cmdline")).is_ok_and(|c| c.contains("777")))
+    });
+    let said = node.run(m.exec_sync("pod1", "lives", node.exec(&["/bin/echo", "still here"]))).unwrap();
+    assert_eq!(said.stdout, "still here\n");
+    node.run(m.kill_task("pod1", "lives", Signal::TERM, false, "a test")).unwrap();
+    let end = loop {
+        // That of `dies` may come again: consumers are idempotent.
+        match node.event() {
+            RuntimeEvent::Exited { container, certificate, .. } if container == "lives" => break certificate,
+            RuntimeEvent::Exited { container, .. } if container == "dies" => {}
+            other => panic!("unexpected {other:?}"),
+        }
+    };
+    assert_eq!(end.status, ExitStatus::Code(5));
+    for pod in ["pod1", "pod2", "pod4"] {
+        node.run(m.stop_pod(pod)).unwrap();
+    }
+    node.assert_clean();
+}
+
+macro_rules! both {
+    ($($case:ident),*) => {
+        mod ours { use super::*; $(#[test] fn $case() { super::$case(Kind::Ours) })* }
+        mod go { use super::*; $(#[test] fn $case() { super::$case(Kind::Go) })* }
+    };
+}
+
+both!(a_pod_runs, what_fails_leaves_nothing, a_dead_shim_is_buried_and_replaced, a_dead_daemon_harms_nobody);
+
+/// A shim that can't start: a script in its place.
+#[test]
+fn a_shim_that_fails_is_quoted_and_leaves_nothing() {
+    let mut node = Node::new(Kind::Go);
+    let script = node.root.join("shim");
+    for (body, said, kind) in [
+        ("echo out of luck >&2; exit 3", "out of luck", ErrorKind::Internal),
+        ("echo nonsense", "nonsense", ErrorKind::Internal),
+        ("exec sleep 60", "was killed", ErrorKind::DeadlineExceeded),
+        ("echo '{\"version\":9,\"address\":\"unix:///x\"}'", "version 9", ErrorKind::Unimplemented),
+        ("echo unix:///no/such/socket", "/no/such/socket", ErrorKind::Unavailable),
+    ] {
+        std::fs::write(&script, format!("#!/bin/sh\n{body}\n")).unwrap();
+        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        node.timeouts.launch = Duration::from_millis(500);
+        let cfg = longshore_runtime::shim_v2::ShimConfig { shim: script.clone(), ..node.config() };
+        let (tx, _events) = tokio::sync::mpsc::unbounded_channel();
+        let m = node.run(longshore_runtime::shim_v2::ShimManager::new(cfg, tx)).unwrap();
+        let e = node.run(m.start_pod(&node.pod("pod1"))).unwrap_err();
+        assert!(e.to_string().contains(said), "{e}");
+        assert_eq!(e.kind(), kind, "{e}");
+        assert!(m.shim_pid("pod1").is_none());
+        node.assert_clean();
+    }
+}
