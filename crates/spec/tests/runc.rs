@@ -1,6 +1,8 @@
 //! Specs as a real runtime takes them: needs root, runc and a static busybox, and
 //! is passed over where one of them is missing.
 
+#![allow(clippy::unwrap_used)] // the lint spares only functions marked as tests
+
 mod common;
 
 use common::Inputs;
