@@ -337,8 +337,15 @@ fn places(file: &Arc<File>) -> Result<HashMap<String, Place>> {
             ));
         }
         let path = text(&entry.path);
+        let (section, skip) = reader.beneath();
+        let offset = section.offset;
+        if skip > section.left {
+            return Err(Error::invalid("the archive ends in the middle of a file"));
+        }
+        section.offset += skip;
+        section.left -= skip;
         let place = match entry.kind {
-            Kind::File => Some(Place::File { offset: reader.beneath().0.offset, size: entry.size }),
+            Kind::File => Some(Place::File { offset, size: entry.size }),
             Kind::HardLink => text(&entry.link).map(Place::Link),
             Kind::Symlink => {
                 let dir = entry.path.iter().rposition(|b| *b == b'/').map_or(&[][..], |i| &entry.path[..i]);
@@ -349,12 +356,6 @@ fn places(file: &Arc<File>) -> Result<HashMap<String, Place>> {
         if let (Some(path), Some(place)) = (path, place) {
             places.insert(path, place);
         }
-        let (section, skip) = reader.beneath();
-        if skip > section.left {
-            return Err(Error::invalid("the archive ends in the middle of a file"));
-        }
-        section.offset += skip;
-        section.left -= skip;
     }
     Ok(places)
 }

@@ -7,9 +7,10 @@
 //!     work/              overlayfs's own, beside a container's changes
 //! ```
 //!
-//! The record is made before the directory and removed before it; so at the
-//! next opening a directory without a record is a leftover, and a record whose
-//! directory is missing is a lie. Both are removed then, drafts too.
+//! The record is made before the directory. A layer's record is removed before
+//! its directory, so that nobody builds on half of it; otherwise the directory
+//! goes first. At the next opening a directory without a record is a leftover
+//! and a record without a directory a lie: both are removed then, drafts too.
 //!
 //! In a layer, a removed name is a character device 0:0 and a replaced directory
 //! has `trusted.overlay.opaque=y`.
@@ -182,10 +183,15 @@ impl Inner {
         }
     }
 
+    /// Removes a draft or a container's snapshot. The directory goes first: on a
+    /// full disk that makes the room in which the record can be deleted.
     async fn drop_snapshot(self: &Arc<Self>, key: &str) -> Result<()> {
-        let Some(id) = self.store.delete_snapshot(key).await? else { return Ok(()) };
-        let dir = self.dir(id);
-        blocking(move || tree::remove(&dir)).await
+        let Some(record) = self.store.snapshot(key).await? else { return Ok(()) };
+        if record.kind != SnapshotKind::Layer {
+            let dir = self.dir(record.id);
+            blocking(move || tree::remove(&dir)).await?;
+        }
+        self.store.delete_snapshot(key).await.map(drop)
     }
 
     async fn sweep(self: &Arc<Self>) -> Result<()> {

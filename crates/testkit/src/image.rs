@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::io::Write;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// The digest of `bytes` as `sha256:…`.
 pub fn sha256(bytes: &[u8]) -> String {
@@ -121,6 +121,15 @@ fn block(tar: &mut Vec<u8>, header: &mut tar::Header, data: &[u8]) {
 #[derive(Debug, Clone, Default)]
 pub struct Layer {
     tar: Vec<u8>,
+    /// What is computed of it, shared by its clones.
+    built: Arc<OnceLock<Built>>,
+}
+
+/// A layer as it travels.
+#[derive(Debug)]
+struct Built {
+    diff_id: String,
+    gzip: Vec<u8>,
 }
 
 impl Layer {
@@ -132,6 +141,7 @@ impl Layer {
     /// Adds an entry just as it is.
     #[must_use]
     pub fn entry(mut self, entry: Entry) -> Self {
+        self.built = Arc::default();
         entry.write(&mut self.tar);
         self
     }
@@ -139,6 +149,7 @@ impl Layer {
     /// Adds bytes that are no entry, to the byte.
     #[must_use]
     pub fn raw(mut self, bytes: &[u8]) -> Self {
+        self.built = Arc::default();
         self.tar.extend_from_slice(bytes);
         self
     }
@@ -172,6 +183,15 @@ impl Layer {
         let mut tar = self.tar.clone();
         tar.resize(tar.len() + 1024, 0);
         tar
+    }
+
+    fn built(&self) -> &Built {
+        self.built.get_or_init(|| {
+            let tar = self.tar();
+            let mut gzip = flate2::GzBuilder::new().write(Vec::new(), flate2::Compression::fast());
+            gzip.write_all(&tar).unwrap();
+            Built { diff_id: sha256(&tar), gzip: gzip.finish().unwrap() }
+        })
     }
 }
 
@@ -334,7 +354,7 @@ impl ImageBuilder {
 
     /// Its configuration's bytes; their digest is the image's id.
     pub fn config_json(&self) -> Vec<u8> {
-        let diff_ids: Vec<String> = self.layers.iter().map(|l| sha256(&l.tar())).collect();
+        let diff_ids: Vec<String> = self.layers.iter().map(|l| l.built().diff_id.clone()).collect();
         let config = json!({
             "architecture": self.architecture,
             "os": "linux",
@@ -353,11 +373,7 @@ impl ImageBuilder {
     pub fn layer_blobs(&self) -> Vec<Vec<u8>> {
         let squeeze = |layer: &Layer| match self.compression {
             LayerCompression::None => layer.tar(),
-            LayerCompression::Gzip => {
-                let mut gz = flate2::GzBuilder::new().write(Vec::new(), flate2::Compression::fast());
-                gz.write_all(&layer.tar()).unwrap();
-                gz.finish().unwrap()
-            }
+            LayerCompression::Gzip => layer.built().gzip.clone(),
         };
         self.layers.iter().map(squeeze).collect()
     }
