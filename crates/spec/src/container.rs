@@ -45,9 +45,9 @@ pub struct ContainerInput<'a> {
     pub namespaces: &'a PodNamespaces,
     /// The pod's files.
     pub files: &'a PodFiles,
-    /// For each `container_path` of an image mount, as written in CRI: where the
-    /// image (its sub-path resolved inside it) is on the host.
-    pub image_mounts: &'a BTreeMap<String, PathBuf>,
+    /// For each `container_path` of an image mount, as written in CRI: the host paths
+    /// of the image's layers, or of what its sub-path is in them, the top one first.
+    pub image_mounts: &'a BTreeMap<String, Vec<PathBuf>>,
     /// For each of the image's VOLUMEs that gets a directory: the host's directory.
     pub volumes: &'a BTreeMap<String, PathBuf>,
     /// The text of the file that [`crate::seccomp_profile_path`] named.

@@ -18,6 +18,9 @@ use types::{Error, ErrorKind, Result, ResultExt};
 /// Options of CRI's `mount_options` that narrow what a mount allows.
 const NARROWING: [&str; 5] = ["nosuid", "nodev", "noexec", "noatime", "nodiratime"];
 
+/// What the kernel takes: a page, less what the runtime adds.
+const LONGEST_OPTIONS: usize = 4000;
+
 /// The mounts of one container and what goes with them.
 #[derive(Debug, Default)]
 pub(crate) struct Mounts {
@@ -169,20 +172,23 @@ fn bind(
     if destination == Path::new("/") {
         return Err(Error::invalid(format!("mounts: container_path {:?} is the root", m.container_path)));
     }
-    let source = source(input, m, result).map_err(|e| e.within(at()))?;
-    let mut options = vec!["rbind".to_string()];
-    options.push(propagation(input, m, result).map_err(|e| e.within(at()))?.to_string());
-    options.push(access(input, m).map_err(|e| e.within(at()))?.to_string());
-    for option in &m.mount_options {
-        if !NARROWING.contains(&option.as_str()) {
-            return Err(Error::invalid(format!("{}: mount_options {option:?} is not one of {NARROWING:?}", at())));
-        }
-        options.push(option.clone());
+    let name = m.image.as_ref().map_or("", |i| i.image.as_str());
+    if !name.is_empty() {
+        let mounted = image(input, m, name, &destination).map_err(|e| e.within(at()))?;
+        return Ok((destination, mounted));
     }
+    if !m.image_sub_path.is_empty() {
+        return Err(Error::invalid(format!("{}: image_sub_path is set without an image", at())));
+    }
+    let source = paths::host_path("host_path", &m.host_path).map_err(|e| e.within(at()))?;
+    result.ensure.push(source.clone());
+    let mut options = vec!["rbind"];
+    options.push(propagation(input, m, result).map_err(|e| e.within(at()))?);
+    options.push(access(input, m).map_err(|e| e.within(at()))?);
+    options.extend(narrowing(m).map_err(|e| e.within(at()))?);
     if m.selinux_relabel && input.node.selinux {
         warnings.push(format!("{}: SELinux relabelling is not done; the host path keeps its label", at()));
     }
-    let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let mut mounted = mount(&destination, "bind", &source, &options)?;
     if !m.uid_mappings.is_empty() || !m.gid_mappings.is_empty() {
         if !input.node.idmap_mounts {
@@ -199,28 +205,56 @@ pub(crate) fn id_maps(maps: &[cri::IdMapping]) -> Vec<IdMap> {
     maps.iter().map(|m| IdMap { host: m.host_id, container: m.container_id, length: m.length }).collect()
 }
 
-/// Where a mount comes from: a host path, or an image that the caller resolved.
-fn source(input: &ContainerInput<'_>, m: &cri::Mount, result: &mut Mounts) -> Result<PathBuf> {
-    let image = m.image.as_ref().map_or("", |i| i.image.as_str());
-    if image.is_empty() {
-        if !m.image_sub_path.is_empty() {
-            return Err(Error::invalid("image_sub_path is set without an image"));
-        }
-        let path = paths::host_path("host_path", &m.host_path)?;
-        result.ensure.push(path.clone());
-        return Ok(path);
-    }
+/// A mount of an image: an overlay of its layers that only the container's mount
+/// namespace has, so that nothing of it is left on the host; of one layer, a bind.
+fn image(input: &ContainerInput<'_>, m: &cri::Mount, name: &str, destination: &Path) -> Result<Mount> {
     if !m.host_path.is_empty() {
-        return Err(Error::invalid(format!("both host_path {:?} and image {image:?} are set", m.host_path)));
+        return Err(Error::invalid(format!("both host_path {:?} and image {name:?} are set", m.host_path)));
     }
     if !m.readonly {
-        return Err(Error::invalid(format!("image {image:?} must be mounted read-only")).hint("set readonly"));
+        return Err(Error::invalid(format!("image {name:?} must be mounted read-only")).hint("set readonly"));
     }
-    input
-        .image_mounts
-        .get(&m.container_path)
-        .cloned()
-        .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("image {image:?} is not mounted on this node")))
+    let layers = match input.image_mounts.get(&m.container_path).map(Vec::as_slice) {
+        Some([]) | None => {
+            return Err(Error::new(ErrorKind::NotFound, format!("image {name:?} is not on this node")));
+        }
+        Some([one]) => {
+            let mut options = vec!["rbind", "rprivate", "ro"];
+            options.extend(narrowing(m)?);
+            return mount(destination, "bind", one, &options);
+        }
+        Some(layers) => layers,
+    };
+    if input.namespaces.user.is_some() {
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("image {name:?} can't be mounted in a pod with a user namespace"),
+        ));
+    }
+    let names: Vec<&str> = layers.iter().filter_map(|l| l.to_str()).collect();
+    if names.len() != layers.len() || names.iter().any(|n| n.contains([':', ',', '\\'])) {
+        return Err(Error::internal(format!(
+            "image {name:?}: a layer's path has a character that overlayfs splits at"
+        )));
+    }
+    let lower = format!("lowerdir={}", names.join(":"));
+    if lower.len() > LONGEST_OPTIONS {
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("image {name:?} has too many layers to be mounted: {} bytes of options", lower.len()),
+        ));
+    }
+    let mut options = vec!["ro"];
+    options.extend(narrowing(m)?);
+    options.push(&lower);
+    mount(destination, "overlay", Path::new("overlay"), &options)
+}
+
+fn narrowing(m: &cri::Mount) -> Result<Vec<&str>> {
+    match m.mount_options.iter().find(|o| !NARROWING.contains(&o.as_str())) {
+        Some(bad) => Err(Error::invalid(format!("mount_options {bad:?} is not one of {NARROWING:?}"))),
+        None => Ok(m.mount_options.iter().map(String::as_str).collect()),
+    }
 }
 
 fn propagation(input: &ContainerInput<'_>, m: &cri::Mount, result: &mut Mounts) -> Result<&'static str> {

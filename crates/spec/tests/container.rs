@@ -184,9 +184,19 @@ fn image_mounts_are_read_only_and_resolved_by_the_caller() {
     assert!(inputs.make().unwrap_err().to_string().contains("read-only"));
     inputs.config.mounts[0].readonly = true;
     assert_eq!(inputs.make().unwrap_err().kind(), ErrorKind::NotFound);
-    inputs.image_mounts.insert("/img".into(), "/images/1".into());
+    inputs.image_mounts.insert("/img".into(), vec!["/images/1".into()]);
     let made = inputs.make().unwrap();
-    assert!(made.ensure.is_empty() && options(&made.spec, "/img").contains(&"ro".into()));
+    assert!(made.ensure.is_empty());
+    assert_eq!(options(&made.spec, "/img"), ["rbind", "rprivate", "ro"]);
+    inputs.image_mounts.insert("/img".into(), vec!["/l/2".into(), "/l/1".into()]);
+    assert_eq!(options(&inputs.make().unwrap().spec, "/img"), ["ro", "lowerdir=/l/2:/l/1"]);
+    inputs.config.mounts[0].host_path = "/h".into();
+    assert_eq!(inputs.make().unwrap_err().kind(), ErrorKind::InvalidArgument);
+    inputs.config.mounts[0].host_path.clear();
+    inputs.config.mounts[0].mount_options = vec!["suid".into()];
+    assert!(inputs.make().unwrap_err().to_string().contains("\"suid\""));
+    inputs.image_mounts.insert("/img".into(), vec!["/l/a:b".into(), "/l/1".into()]);
+    assert!(inputs.make().is_err());
 }
 
 #[test]

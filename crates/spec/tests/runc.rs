@@ -32,7 +32,7 @@ impl Bundle {
         std::fs::create_dir_all(&bin).unwrap();
         std::fs::create_dir(dir.path().join("rootfs/etc")).unwrap();
         std::fs::copy(busybox, bin.join("busybox")).unwrap();
-        for applet in ["sh", "id", "cat", "grep", "touch", "ls", "echo", "hostname", "mount", "env"] {
+        for applet in ["sh", "id", "cat", "grep", "touch", "ls", "echo", "hostname", "mount", "unshare"] {
             std::os::unix::fs::symlink("busybox", bin.join(applet)).unwrap();
         }
         for file in ["hostname", "hosts", "resolv.conf"] {
@@ -107,7 +107,8 @@ fn a_confined_container_runs_as_it_was_asked_to() {
     std::fs::write(bundle.path("data/file"), "shared\n").unwrap();
     let script = "echo groups: $(id -u) $(id -g) $(id -G); echo cwd: $PWD; echo env: $A $HOSTNAME; \
                   grep -E '^(Cap|Seccomp:|NoNewPrivs|Groups)' /proc/self/status; cat /etc/hosts /mnt/file; \
-                  echo masked: $(cat /secret 2>/dev/null); touch /x 2>&1; touch /mnt/x 2>&1; touch /sys/x 2>&1; \
+                  echo masked: $(cat /secret 2>/dev/null); touch /x 2>&1; touch /mnt/x 2>&1; touch /sys/x 2>&1; touch /img/x 2>&1; echo image: $(cat /img/both); \
+                  echo unshare: $(unshare -U true 2>&1); \
                   echo oom: $(cat /proc/self/oom_score_adj); echo shm: $(ls -d /dev/shm /dev/mqueue /dev/null); exit 3";
     let mut inputs = bundle.inputs(script);
     std::fs::write(bundle.path("rootfs/secret"), "secret\n").unwrap();
@@ -119,7 +120,19 @@ fn a_confined_container_runs_as_it_was_asked_to() {
         readonly: true,
         ..Default::default()
     };
-    inputs.config.mounts = vec![m];
+    let image = cri::Mount {
+        container_path: "/img".into(),
+        image: Some(cri::ImageSpec { image: "i".into(), ..Default::default() }),
+        readonly: true,
+        ..Default::default()
+    };
+    inputs.config.mounts = vec![m, image];
+    let layers: Vec<PathBuf> = ["top", "low"].iter().map(|l| bundle.path(l)).collect();
+    for layer in &layers {
+        std::fs::create_dir(layer).unwrap();
+        std::fs::write(layer.join("both"), layer.file_name().unwrap().as_encoded_bytes()).unwrap();
+    }
+    inputs.image_mounts.insert("/img".into(), layers);
     inputs.config.linux.as_mut().unwrap().resources = Some(cri::LinuxContainerResources {
         memory_limit_in_bytes: 64 << 20,
         cpu_shares: 128,
@@ -152,9 +165,11 @@ fn a_confined_container_runs_as_it_was_asked_to() {
     assert_eq!(line(&out, "Seccomp:"), "2");
     assert_eq!(line(&out, "NoNewPrivs:"), "1");
     assert_eq!(line(&out, "oom:"), "300");
+    assert!(line(&out, "unshare:").contains("not permitted"), "the filter lets a namespace through: {out}");
     assert_eq!(line(&out, "masked:"), "");
     assert!(out.contains("hosts of the pod\nshared\n"), "{out}");
-    for path in ["/x", "/mnt/x"] {
+    assert_eq!(line(&out, "image:"), "top");
+    for path in ["/x", "/mnt/x", "/img/x"] {
         assert!(out.contains(&format!("touch: {path}: Read-only file system")), "{out}");
     }
     assert!(out.contains("/dev/mqueue"), "{out}");

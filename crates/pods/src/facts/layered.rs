@@ -14,7 +14,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 use types::{Error, Result, ResultExt};
@@ -37,6 +37,16 @@ enum Found {
     Symlink(OsString),
     /// The directory that the file is in.
     File(OwnedFd),
+}
+
+enum Resolved {
+    Directory(Merged),
+    /// The directory of one layer, and the file's name in it.
+    File(OwnedFd, OsString),
+}
+
+fn describe(path: &str) -> String {
+    format!("open /{} of the image", path.trim_start_matches('/'))
 }
 
 impl LayeredRoot {
@@ -68,7 +78,34 @@ impl LayeredRoot {
     /// # Errors
     /// More than 40 symlinks, or what the layers' file system says.
     pub fn open(&self, path: &str) -> Result<Option<File>> {
-        let what = || format!("open /{} of the image", path.trim_start_matches('/'));
+        match self.resolve(path)? {
+            Some(Resolved::File(dir, name)) => regular(&dir, &name).context(|| describe(path)),
+            _ => Ok(None),
+        }
+    }
+
+    /// The layers of what is at `sub_path`, top first, for a mount of it: those of a
+    /// directory, or the one file. An empty path is the root itself.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a path that is absolute, climbs, or leads nowhere.
+    pub fn at(&self, sub_path: &str) -> Result<Vec<PathBuf>> {
+        if sub_path.starts_with('/') || sub_path.split('/').any(|part| part == "..") {
+            return Err(Error::invalid(format!("image_sub_path {sub_path:?} is not a path inside the image")));
+        }
+        let path_of = |fd: &OwnedFd| {
+            let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            std::fs::read_link(&link).context(|| format!("image_sub_path {sub_path:?}: read {link}"))
+        };
+        match self.resolve(sub_path)? {
+            Some(Resolved::Directory(merged)) => merged.iter().map(path_of).collect(),
+            Some(Resolved::File(dir, name)) => Ok(vec![path_of(&dir)?.join(name)]),
+            None => Err(Error::invalid(format!("image_sub_path {sub_path:?} does not exist in the image"))),
+        }
+    }
+
+    fn resolve(&self, path: &str) -> Result<Option<Resolved>> {
+        let what = || describe(path);
         let mut stack = vec![self.roots()?];
         let mut todo: Vec<OsString> = names(OsStr::new(path));
         let (mut symlinks, mut steps) = (0, 0);
@@ -87,7 +124,7 @@ impl LayeredRoot {
             match look_up(dir, &name).context(what)? {
                 Found::Nothing => return Ok(None),
                 Found::Directory(merged) => stack.push(merged),
-                Found::File(dir) if todo.is_empty() => return regular(&dir, &name).context(what),
+                Found::File(dir) if todo.is_empty() => return Ok(Some(Resolved::File(dir, name))),
                 Found::File(_) => return Ok(None),
                 Found::Symlink(target) => {
                     symlinks += 1;
@@ -101,7 +138,7 @@ impl LayeredRoot {
                 }
             }
         }
-        Ok(None)
+        Ok(stack.pop().map(Resolved::Directory))
     }
 
     fn roots(&self) -> Result<Merged> {
@@ -265,6 +302,24 @@ mod tests {
         assert_eq!(l.read("etc"), None);
         l.put("low/file", "x");
         assert_eq!(l.read("file/below"), None);
+    }
+
+    #[test]
+    fn sub_paths_are_found_layer_by_layer() {
+        let l = Layers::new();
+        l.put("low/etc/group", "low");
+        l.put("mid/etc/passwd", "mid");
+        l.put("low/usr/share/x", "x");
+        symlink("/usr", l.at("mid/link")).unwrap();
+        let root = LayeredRoot(["top", "mid", "low"].iter().map(|layer| l.at(layer)).collect());
+        let real = |path: &str| l.at(path).canonicalize().unwrap();
+        assert_eq!(root.at("").unwrap(), [real("top"), real("mid"), real("low")]);
+        assert_eq!(root.at("etc/").unwrap(), [real("top/etc"), real("mid/etc"), real("low/etc")]);
+        assert_eq!(root.at("link/share").unwrap(), [real("low/usr/share")]);
+        assert_eq!(root.at("etc/group").unwrap(), [real("low/etc/group")]);
+        for bad in ["/etc", "../x", "etc/../etc", "not-existing", "etc/group/x"] {
+            assert_eq!(root.at(bad).unwrap_err().kind(), types::ErrorKind::InvalidArgument, "{bad}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub struct Inputs {
     pub host: HostFacts,
     pub namespaces: PodNamespaces,
     pub files: PodFiles,
-    pub image_mounts: BTreeMap<String, PathBuf>,
+    pub image_mounts: BTreeMap<String, Vec<PathBuf>>,
     pub volumes: BTreeMap<String, PathBuf>,
     pub seccomp_profile: Option<String>,
 }
