@@ -118,7 +118,10 @@ fn tidy(name: &str) -> Option<String> {
 impl Archive {
     /// Opens a directory or a tar; a compressed one is unpacked to `scratch` first.
     fn open(path: &Path, scratch: &Path) -> Result<Self> {
-        let mut file = File::open(path).context(|| "open the archive".into())?;
+        // A FIFO without a writer would hold us for ever.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).context(|| "open the archive".into())?;
+        let mut file = File::from(fd);
         let meta = file.metadata().context(|| "look at the archive".into())?;
         if meta.is_dir() {
             return Ok(Self::Dir(path.to_owned(), file.into()));
@@ -249,8 +252,7 @@ impl Archive {
                 Document::Image(manifest) => manifest,
             };
             let config_bytes = self.json(&manifest.config, CONFIG_MAX)?;
-            let size =
-                manifest.layers.iter().map(|l| l.size).sum::<u64>() + config_bytes.len() as u64 + body.len() as u64;
+            let size = manifest.travels(config_bytes.len(), body.len());
             let layers = manifest
                 .layers
                 .iter()

@@ -22,6 +22,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use types::{Error, Result, ResultExt};
 
+/// overlayfs takes no more lower directories.
+const LAYERS_MAX: usize = 500;
+
 /// An image whose layers are yet to come.
 pub(crate) struct NewImage {
     pub(crate) config_bytes: Vec<u8>,
@@ -82,6 +85,9 @@ pub(crate) async fn install(inner: &Arc<Inner>, new: NewImage) -> Result<ImageId
             new.layers.len(),
             diff_ids.len()
         )));
+    }
+    if diff_ids.len() > LAYERS_MAX {
+        return Err(Error::invalid(format!("the image has {} layers, over the bound of {LAYERS_MAX}", diff_ids.len())));
     }
     let chain = chain_ids(diff_ids);
     let hold = inner.snapshots.hold(chain.clone());

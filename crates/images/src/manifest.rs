@@ -49,6 +49,15 @@ pub(crate) struct ImageManifest {
     pub layers: Vec<Descriptor>,
 }
 
+impl ImageManifest {
+    /// What travels for it in bytes, with a configuration and a manifest of these sizes.
+    pub(crate) fn travels(&self, config: usize, manifest: usize) -> u64 {
+        // Sizes come from outside: their sum may be beyond all numbers.
+        let layers = self.layers.iter().fold(0u64, |sum, layer| sum.saturating_add(layer.size));
+        layers.saturating_add((config + manifest) as u64)
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Raw {

@@ -191,6 +191,9 @@ async fn what_is_no_archive_is_refused() {
     }
     assert_eq!(node.images.import(&node.root.join("none"), None).await.unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(node.images.import("/dev/zero".as_ref(), None).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
+    let fifo = node.root.join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+    assert_eq!(node.images.import(&fifo, None).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
     node.assert_empty().await;
 }
 

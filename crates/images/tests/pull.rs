@@ -281,3 +281,43 @@ async fn a_full_disk_during_a_download_leaves_nothing() {
     assert_eq!(e.kind(), ErrorKind::ResourceExhausted, "{e}");
     node.assert_empty().await;
 }
+
+/// Pulls and removals of images that share layers, all at once: every pull
+/// succeeds with whole layers, and in the end nothing is left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn pulls_and_removals_at_once_lose_no_layer_and_leave_none() {
+    let registry = testkit::registry();
+    let node = Node::new().await;
+    let base =
+        ImageBuilder::scratch().file("base", b"1", 0o644).layer(testkit::Layer::new().file("second", b"2", 0o644));
+    let mut names = Vec::new();
+    for n in 0..6u8 {
+        let image = base.clone().layer(testkit::Layer::new().file("own", &[n], 0o644));
+        registry.push("shared", &format!("v{n}"), &image);
+        names.push(format!("{}/shared:v{n}", registry.host()));
+    }
+    let work = names.iter().map(|name| {
+        let (images, snapshots, name) = (node.images.clone(), node.snapshots.clone(), name.clone());
+        tokio::spawn(async move {
+            for round in 0..15 {
+                let id = images.pull(&name, None).await.unwrap();
+                let image = images.get(&id).unwrap();
+                let key = format!("{name}-{round}");
+                let mounts = snapshots.prepare(&key, Some(&image.chain_id), None).await.unwrap();
+                let lower = mounts[0].options.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap();
+                let all: Vec<bool> = lower
+                    .split(':')
+                    .zip(["own", "second", "base"])
+                    .map(|(dir, f)| std::path::Path::new(dir).join(f).exists())
+                    .collect();
+                assert_eq!(all, [true; 3]);
+                images.remove(&name).await.unwrap();
+                snapshots.remove(&key).await.unwrap();
+            }
+        })
+    });
+    for done in futures::future::join_all(work).await {
+        done.unwrap();
+    }
+    node.assert_empty().await;
+}

@@ -60,10 +60,12 @@ fn same_place(a: &Url, b: &Url) -> bool {
     a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
 }
 
-/// A URL as it may be shown: signed addresses carry secrets in their query.
-fn shown(url: &Url) -> String {
+/// A URL as it may be shown: signed addresses carry secrets in their query,
+/// mirrors of a configuration before their host.
+pub(super) fn shown(url: &Url) -> String {
     let mut url = url.clone();
     url.set_query(None);
+    let _ = url.set_username("");
     let _ = url.set_password(None);
     url.to_string()
 }

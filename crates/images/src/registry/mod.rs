@@ -191,13 +191,13 @@ impl<'a> Attempts<'a> {
         if error.kind() == ErrorKind::Unavailable && self.failures < bound {
             let pause = BACKOFF.saturating_mul(1 << self.failures.min(8)).min(BACKOFF_MAX);
             self.failures += 1;
-            tracing::debug!(%error, endpoint = %all[self.endpoint].base, "trying again");
+            tracing::debug!(%error, endpoint = http::shown(&all[self.endpoint].base), "trying again");
             return tokio::time::timeout_at(self.session.deadline, tokio::time::sleep(pause))
                 .await
                 .map_err(|_| self.session.too_late());
         }
         let fatal = matches!(error.kind(), ErrorKind::ResourceExhausted | ErrorKind::DeadlineExceeded);
-        self.errors.push(error.within(all[self.endpoint].base.as_str().trim_end_matches('/')));
+        self.errors.push(error.within(http::shown(&all[self.endpoint].base).trim_end_matches('/')));
         if last || fatal {
             return Err(summary(std::mem::take(&mut self.errors)));
         }

@@ -37,10 +37,9 @@ impl Session {
         let config_bytes = self.config(&manifest.config).await?;
         let mut references = vec![self.reference.to_string(), self.reference.with_digest(&top).to_string()];
         references.dedup();
-        let travelling = manifest.layers.iter().map(|l| l.size).sum::<u64>();
         Ok(NewImage {
             config: parse_config(&config_bytes)?,
-            size: travelling + config_bytes.len() as u64 + body.len() as u64,
+            size: manifest.travels(config_bytes.len(), body.len()),
             config_bytes,
             references,
             manifest: Some(ManifestRecord { digest: digest.to_string(), media_type: manifest.media_type, body }),

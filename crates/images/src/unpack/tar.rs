@@ -75,7 +75,7 @@ impl<R: Read> Reader<R> {
     /// The reader beneath, for one who passes over content by seeking; the
     /// number of bytes up to the next header.
     pub(crate) fn beneath(&mut self) -> (&mut R, u64) {
-        let skip = std::mem::take(&mut self.data) + std::mem::take(&mut self.padding);
+        let skip = std::mem::take(&mut self.data).saturating_add(std::mem::take(&mut self.padding));
         (&mut self.inner, skip)
     }
 
@@ -158,7 +158,7 @@ impl<R: Read> Reader<R> {
 
     /// Passes over what is left of the present entry.
     fn skip(&mut self) -> Result<()> {
-        let left = self.data + self.padding;
+        let left = self.data.saturating_add(self.padding);
         (self.data, self.padding) = (0, 0);
         let read = std::io::copy(&mut self.inner.by_ref().take(left), &mut std::io::sink())
             .context(|| "read the tar".into())?;
@@ -338,6 +338,42 @@ mod tests {
         let second = reader.next().unwrap().unwrap();
         assert_eq!((second.path.as_slice(), second.kind, second.mode), (b"next/".as_slice(), Kind::Dir, 0o750));
         assert!(reader.next().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_size_near_the_end_of_numbers_is_an_error() {
+        let mut made = Made::new("a", EntryType::Regular);
+        made.pax = vec![("size".into(), u64::MAX.to_string().into_bytes())];
+        let tar = Layer::new().entry(made).tar();
+        let mut reader = Reader::new(tar.as_slice());
+        assert_eq!(reader.next().unwrap().unwrap().size, u64::MAX);
+        assert!(reader.next().is_err());
+    }
+
+    proptest::proptest! {
+        /// Whatever bytes come: entries or an error, never a panic.
+        #[test]
+        fn damaged_tars_never_panic(changes in proptest::collection::vec((0usize..6000, proptest::num::u8::ANY), 1..40)) {
+            let mut made = Made::new(&"n".repeat(120), EntryType::Regular);
+            made.data = vec![1; 700];
+            made.pax = vec![("mtime".into(), b"1.5".to_vec()), ("SCHILY.xattr.user.a".into(), b"b".to_vec())];
+            let mut tar = Layer::new().dir("d/", 0o755).entry(made).symlink("s", "t").hardlink("h", "d").tar();
+            let length = tar.len();
+            for (at, byte) in changes {
+                tar[at % length] = byte;
+            }
+            // Headers whose checksum is wrong would hide what is behind them.
+            for start in (0..length - 511).step_by(512) {
+                let sum: u32 = (0..512).filter(|i| !(148..156).contains(i)).map(|i| u32::from(tar[start + i])).sum();
+                tar[start + 148..start + 156].copy_from_slice(format!("{:06o}\0 ", sum + 256).as_bytes());
+            }
+            let mut reader = Reader::new(tar.as_slice());
+            for _ in 0..length {
+                if !matches!(reader.next(), Ok(Some(_))) {
+                    break;
+                }
+            }
+        }
     }
 
     #[test]
