@@ -129,7 +129,7 @@ async fn serve(config: Config) -> Result<()> {
         tracing::info!("stopping; containers run on");
     };
     cri::serve(Cri { pods: pods.clone(), images, node: Arc::new(node) }, listener, stop).await?;
-    pods.flush().await;
+    pods.close().await;
     let _ = std::fs::remove_file(&config.socket);
     drop(pods);
     store.close();

@@ -312,9 +312,13 @@ impl Pods {
         &self.shared.node
     }
 
-    /// Waits until all changes so far are in the database.
-    pub async fn flush(&self) {
+    /// Before the daemon's end: waits until all changes are in the database, and
+    /// takes back the mounts that only pods need, where there are none.
+    pub async fn close(&self) {
         self.shared.journal.flush().await;
+        if let Err(e) = self.shared.sandboxes.release() {
+            tracing::warn!("at the end: {e}");
+        }
     }
 }
 

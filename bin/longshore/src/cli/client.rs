@@ -110,7 +110,11 @@ pub trait Answer<T> {
 
 impl<T> Answer<T> for Result<tonic::Response<T>, Status> {
     fn answer(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map(tonic::Response::into_inner).map_err(|s| error(&s).within(what()))
+        self.map(tonic::Response::into_inner).map_err(|s| {
+            let what = what();
+            // The daemon's own errors often begin with the very words.
+            if s.message().starts_with(&what) { error(&s) } else { error(&s).within(what) }
+        })
     }
 }
 
@@ -125,4 +129,10 @@ pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await.context(|| what.to_string())?
+}
+
+/// The failures of a command that went on after each; a single one says by itself
+/// what it was about.
+pub fn all_of(what: &str, mut failures: Vec<Error>) -> Result<()> {
+    if failures.len() == 1 { Err(failures.remove(0)) } else { Error::join(what, failures) }
 }

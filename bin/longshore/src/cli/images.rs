@@ -2,7 +2,7 @@
 
 use super::Context;
 use super::args::{ImportArgs, ListArgs, PullArgs, RmiArgs};
-use super::client::{Answer, Client};
+use super::client::{Answer, Client, all_of};
 use super::output::{Table, print, print_json, shown_id, size, to_json};
 use proto::admin::ImportRequest;
 use proto::cri::{Image, ImageSpec, ImageStatusRequest, ListImagesRequest, PullImageRequest, RemoveImageRequest};
@@ -138,7 +138,7 @@ pub async fn remove(context: &Context, args: &RmiArgs) -> Result<()> {
             Err(e) => failures.push(e),
         }
     }
-    Error::join("remove images", failures)
+    all_of("remove images", failures)
 }
 
 async fn remove_one(client: &mut Client, given: &str) -> Result<()> {

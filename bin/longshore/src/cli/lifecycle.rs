@@ -1,7 +1,7 @@
 //! `stop` and `rm`, of pods and of containers.
 
 use super::args::{RemoveArgs, StopArgs};
-use super::client::{Answer, Client};
+use super::client::{Answer, Client, all_of};
 use super::find::{self, Named, Target, target};
 use super::output::{print, print_json};
 use super::run::pod::{OWN_POD, remove_logs};
@@ -63,12 +63,11 @@ fn report(
     Ok(())
 }
 
-fn finish(context: &Context, what: &str, done: &[String], mut failures: Vec<Error>) -> Result<()> {
+fn finish(context: &Context, what: &str, done: &[String], failures: Vec<Error>) -> Result<()> {
     if context.json() {
         print_json(&json!(done))?;
     }
-    // A single failure says by itself what it was about.
-    if failures.len() == 1 { Err(failures.remove(0)) } else { Error::join(what, failures) }
+    all_of(what, failures)
 }
 
 fn runs(container: &Container) -> bool {

@@ -66,27 +66,39 @@ fn bar(span: &Span, now: i64) -> Bar {
     Bar { label, from: span.started_at, to, note }
 }
 
-/// Sorts the spans so that each operation is followed by its steps.
+/// Sorts the spans so that each operation is followed by its steps. Steps whose
+/// operation was not timed, or was forgotten, get one that spans them.
 fn ordered(mut spans: Vec<Span>) -> Vec<Span> {
-    spans.sort_by_key(|s| s.started_at);
-    let mut out: Vec<Span> = Vec::with_capacity(spans.len());
-    let (whole, steps): (Vec<Span>, Vec<Span>) = spans.into_iter().partition(|s| s.step.is_empty());
-    let mut steps: Vec<Option<Span>> = steps.into_iter().map(Some).collect();
-    for operation in whole {
-        let (from, open) = (operation.started_at, operation.duration < 0);
-        let to = if open { i64::MAX } else { from.saturating_add(operation.duration) };
-        let (name, container) = (operation.operation.clone(), operation.container.clone());
-        out.push(operation);
-        for slot in &mut steps {
-            let own = slot.as_ref().is_some_and(|s| {
-                s.operation == name && s.container == container && s.started_at >= from && s.started_at <= to
-            });
-            out.extend(if own { slot.take() } else { None });
+    spans.sort_by_key(|s| (s.started_at, !s.step.is_empty()));
+    let mut groups: Vec<Vec<Span>> = Vec::new();
+    for span in spans {
+        let own = |group: &&mut Vec<Span>| {
+            let head = &group[0];
+            let inside = head.duration < 0 || span.started_at <= head.started_at.saturating_add(head.duration);
+            let alike = head.operation == span.operation && head.container == span.container;
+            // A repeated step belongs to the next attempt.
+            let new = group.iter().all(|s| s.step != span.step);
+            alike && if head.step.is_empty() { inside } else { new }
+        };
+        match groups.iter_mut().rev().find(own) {
+            Some(group) if !span.step.is_empty() => group.push(span),
+            _ => groups.push(vec![span]),
         }
     }
-    // Steps whose operation was forgotten.
-    out.extend(steps.into_iter().flatten());
-    out
+    groups.into_iter().flat_map(headed).collect()
+}
+
+/// A group with its operation first.
+fn headed(mut group: Vec<Span>) -> Vec<Span> {
+    if !group[0].step.is_empty() {
+        let end = |s: &Span| if s.duration < 0 { None } else { Some(s.started_at.saturating_add(s.duration)) };
+        let from = group[0].started_at;
+        let to: Option<Vec<i64>> = group.iter().map(end).collect();
+        let duration = to.map_or(-1, |ends| ends.into_iter().max().unwrap_or(from) - from);
+        let operation = Span { step: String::new(), error: String::new(), duration, ..group[0].clone() };
+        group.insert(0, operation);
+    }
+    group
 }
 
 #[allow(clippy::cast_precision_loss, reason = "milliseconds with one digit are shown")]
@@ -189,6 +201,24 @@ mod tests {
         let bars = squeezed_bars(&text);
         assert!(bars[3].abs_diff(bars[5]) <= 1 && bars[4] * 2 <= bars[3] + 1, "{text}");
         assert!(text.lines().all(|l| l.chars().count() <= 46), "{text}");
+    }
+
+    #[test]
+    fn steps_without_their_operation_get_one() {
+        let text = picture(
+            vec![
+                span("CreateContainer", "", "a", 0, 10),
+                span("StartContainer", "create", "a", 10, 30),
+                span("StartContainer", "start", "a", 40, 10),
+                span("StartContainer", "create", "b", 20, 5),
+                span("StartContainer", "create", "a", 60, 5),
+            ],
+            80,
+        );
+        let heads: Vec<&str> = text.lines().filter(|l| l.starts_with("Start")).collect();
+        assert_eq!(heads.len(), 3, "{text}");
+        assert!(heads[0].starts_with("StartContainer a") && heads[0].ends_with("40.0 ms"), "{text}");
+        assert!(heads[1].starts_with("StartContainer b"), "{text}");
     }
 
     #[test]

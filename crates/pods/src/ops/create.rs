@@ -193,7 +193,6 @@ async fn pid_mode(ctx: &PodContext, id: &str, pid: ContainerPid) -> Result<PidMo
         ContainerPid::Node => PidMode::Host,
         ContainerPid::Pod => match &state.sandbox.pid {
             Some(pin) => PidMode::Path(pin.clone()),
-            None if state.init_pid != 0 => PidMode::Path(format!("/proc/{}/ns/pid", state.init_pid).into()),
             None => return Err(Error::precondition(format!("pod {} has no pid namespace to share", ctx.pod.name()))),
         },
         ContainerPid::Target(target) => {
@@ -207,7 +206,14 @@ async fn pid_mode(ctx: &PodContext, id: &str, pid: ContainerPid) -> Result<PidMo
                 return Err(Error::invalid(format!("its pid target {:.12} is in another pod", target.id)));
             }
             let target_pid = crate::admission::exec(target)?;
-            PidMode::Path(ctx.shared.sandboxes.pin_target(&ctx.pod.id, id, target_pid).await?)
+            let pin = ctx.shared.sandboxes.pin_target(&ctx.pod.id, id, target_pid).await?;
+            // Still that container's: a pid that ended and came again would be another's.
+            let again = handle.1.view();
+            let lives = again.containers.iter().any(|c| c.id == handle.0 && crate::running_pid(c) == Some(target_pid));
+            if !lives {
+                return Err(Error::precondition(format!("its pid target {:.12} has just ended", handle.0)));
+            }
+            PidMode::Path(pin)
         }
     })
 }

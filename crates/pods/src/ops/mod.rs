@@ -24,7 +24,7 @@ use proto::cri::PodSandboxConfig;
 use runtime::PodSpec;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// A pod at the moment when an operation began.
 #[derive(Clone)]
@@ -35,6 +35,8 @@ pub struct PodContext {
     pub pod: Arc<PodInfo>,
     /// Its owner.
     pub mailbox: mpsc::UnboundedSender<Msg>,
+    /// True once the init of its shared pid namespace has ended, or has none.
+    pub init_ended: watch::Receiver<bool>,
 }
 
 /// The pod as the runtime is told of it: the annotations that shims, kata and

@@ -14,6 +14,7 @@ pub async fn remove(ctx: &PodContext, info: &ContainerInfo) -> Result<()> {
     errors.extend(shared.bounded("deleting the task", shared.runtime.delete_task(&ctx.pod.id, id)).await.err());
     errors.extend(shared.bounded("removing the snapshot", shared.snapshots.remove(id)).await.err());
     errors.extend(remove_dir(&shared.container_dir(id)).await.err());
+    errors.extend(shared.sandboxes.unpin_target(&ctx.pod.id, id).await.err());
     if let Some(stdin) = &info.record.stdin {
         errors.extend(remove_file(stdin).await.err());
     }

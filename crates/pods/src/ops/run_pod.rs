@@ -60,12 +60,13 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
         timelines.timed(&new.id, OP, "shim", "", shared.bounded("starting the shim", shared.runtime.start_pod(&spec)));
     // Both run to their end even when one fails: a half-made side can't be undone.
     let (sandbox, process) = tokio::join!(sandbox, process);
-    let (sandbox, process) = (sandbox?, process?);
-    let init_pid = if new.plan.shares_pid() {
-        timelines.timed(&new.id, OP, "init", "", start_init(shared, new, &sandbox)).await?
-    } else {
-        0
-    };
+    let (mut sandbox, process) = (sandbox?, process?);
+    let mut init_pid = 0;
+    if new.plan.shares_pid() {
+        init_pid = timelines.timed(&new.id, OP, "init", "", start_init(shared, new, &sandbox)).await?;
+        // Pinned, so that containers join this very namespace whoever has the pid later.
+        sandbox.pid = Some(shared.sandboxes.pin_target(&new.id, &new.id, init_pid).await?);
+    }
     let info = PodInfo {
         id: new.id.clone(),
         config: new.config.clone(),

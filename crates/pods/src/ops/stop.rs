@@ -95,7 +95,11 @@ pub async fn stop_pod(ctx: &PodContext) -> Result<()> {
     let (shared, id) = (&ctx.shared, &ctx.pod.id);
     let mut errors = Vec::new();
     if ctx.pod.state.init {
-        let _ = shared.runtime.kill_task(id, id, Signal::KILL, true, "StopPodSandbox").await;
+        let _ = shared.runtime.kill_task(id, id, Signal::KILL, false, "StopPodSandbox").await;
+        let mut ended = ctx.init_ended.clone();
+        if timeout(KILL_WAIT, ended.wait_for(|e| *e)).await.is_err() {
+            errors.push(Error::deadline(format!("the pod's init has not died {} s after SIGKILL", KILL_WAIT.as_secs())));
+        }
         errors.extend(shared.bounded("deleting the pod's init", shared.runtime.delete_task(id, id)).await.err());
     }
     let shim = shared.bounded("stopping the shim", shared.runtime.stop_pod(id));

@@ -188,6 +188,7 @@ pub struct Owner {
     key: String,
     handle: Weak<PodHandle>,
     mailbox: mpsc::UnboundedSender<Msg>,
+    init_ended: watch::Sender<bool>,
     slots: BTreeMap<String, Slot>,
     /// CreateContainer calls that run, by name key: the id and who waits.
     creating: BTreeMap<String, (String, Vec<Reply<String>>)>,
@@ -203,6 +204,7 @@ impl Owner {
     /// Starts the owner of a pod that exists, registers it, and returns its handle.
     pub fn start(shared: Arc<Shared>, pod: PodInfo, key: String, containers: Vec<ContainerInfo>) -> Arc<PodHandle> {
         let (mailbox, rx) = mpsc::unbounded_channel();
+        let no_init = pod.state.init_pid == 0;
         let pod = Arc::new(pod);
         let view = PodView { pod: pod.clone(), containers: Vec::new() };
         let handle = Arc::new(PodHandle::new(mailbox.clone(), view));
@@ -218,6 +220,7 @@ impl Owner {
             key,
             handle: Arc::downgrade(&handle),
             mailbox,
+            init_ended: watch::channel(no_init).0,
             slots,
             creating: BTreeMap::new(),
             stop: None,
@@ -291,7 +294,12 @@ impl Owner {
 
     /// What operations need to know of the pod.
     fn context(&self) -> ops::PodContext {
-        ops::PodContext { shared: self.shared.clone(), pod: self.pod.clone(), mailbox: self.mailbox.clone() }
+        ops::PodContext {
+            shared: self.shared.clone(),
+            pod: self.pod.clone(),
+            mailbox: self.mailbox.clone(),
+            init_ended: self.init_ended.subscribe(),
+        }
     }
 
     fn view(&self) -> Arc<PodView> {

@@ -136,6 +136,7 @@ impl Owner {
     /// The shim's containers have been reported before. The pod's namespaces are
     /// pinned by the daemon, so that it stays READY, but not where its init died too.
     pub(super) fn shim_gone(&mut self) {
+        self.init_ended.send_replace(true);
         if self.pod.state.phase == PodPhase::NotReady {
             return;
         }
@@ -170,6 +171,7 @@ impl Owner {
     /// The init of a pod-shared pid namespace has ended, and with it every
     /// container in that namespace, whose exits are reported on their own.
     pub(super) fn init_gone(&mut self) {
+        self.init_ended.send_replace(true);
         if self.pod.state.phase == PodPhase::NotReady || self.stop.is_some() {
             return;
         }

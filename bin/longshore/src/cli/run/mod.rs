@@ -165,7 +165,7 @@ async fn create(client: &mut Client, joined: &Joined, config: ContainerConfig) -
         sandbox_config: Some(joined.config.clone()),
     };
     let answer = client.runtime.create_container(request).await;
-    Ok(answer.answer(|| format!("make container {name}"))?.container_id)
+    Ok(answer.answer(|| format!("create container {name}"))?.container_id)
 }
 
 async fn start(client: &mut Client, name: &str, id: &str) -> Result<(), Failure> {

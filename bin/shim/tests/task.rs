@@ -1,0 +1,355 @@
+//! The shim as its callers see it: the real binary, the real runtime.
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use harness::common::{Bundle, Shape, sh};
+use harness::{CALL, Fifo, Io, Shim, code};
+use proto::containerd::task::v3 as task;
+use std::time::{Duration, Instant};
+
+fn topics(seen: &[harness::Seen]) -> Vec<&str> {
+    seen.iter().map(|s| s.0.as_str()).collect()
+}
+
+#[tokio::test]
+async fn a_container_lives_and_dies_with_all_its_events() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape { args: sh("echo out; echo err >&2; exit 7"), ..Shape::default() });
+    let (out, err) = (Fifo::new(b.path(), "o"), Fifo::new(b.path(), "e"));
+    let pid = shim.create(&b, Io { stdout: out.uri(), stderr: err.uri(), ..Io::default() }).await.unwrap();
+    assert_eq!(shim.state(&b).await.unwrap().status, 1);
+    assert_eq!(shim.start_task(&b).await.unwrap(), pid);
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 7);
+    assert_eq!(out.text().await, "out\n");
+    assert_eq!(err.text().await, "err\n");
+    let state = shim.state(&b).await.unwrap();
+    assert_eq!((state.status, state.exit_status), (3, 7));
+    assert!(b.path().join("exit.json").exists());
+    assert_eq!(shim.delete(&b, "").await.unwrap(), 7);
+    let seen = shim.events_until(&b, "/tasks/delete").await;
+    assert_eq!(topics(&seen), ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+    assert_eq!(seen[2].3, 7);
+    assert_eq!(code(&shim.state(&b).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+    shim.task.shutdown(CALL, task::ShutdownRequest::default()).await.unwrap();
+    for _ in 0..100 {
+        if !shim.alive() {
+            assert!(!shim.dir.path().join("s/shim.sock").exists(), "the socket is removed");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the shim has not ended");
+}
+
+#[tokio::test]
+async fn task_v2_is_served_under_its_own_name() {
+    let shim = Shim::start_as(proto::TASK_SERVICES[1]).await;
+    let c = shim.task.connect(CALL, task::ConnectRequest { id: "pod".into() }).await.unwrap();
+    assert_eq!((i32::try_from(c.shim_pid).unwrap(), c.task_pid), (shim.pid, 0));
+}
+
+#[tokio::test]
+async fn a_command_that_exits_at_once_a_hundred_times() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape { args: sh("exit 3"), ..Shape::default() });
+    for round in 0..100 {
+        shim.events.seen.lock().unwrap().clear();
+        shim.create(&b, Io::default()).await.unwrap();
+        shim.start_task(&b).await.unwrap();
+        assert_eq!(shim.wait(&b, "").await.unwrap(), 3, "round {round}");
+        assert_eq!(shim.delete(&b, "").await.unwrap(), 3);
+        let seen = shim.events_until(&b, "/tasks/delete").await;
+        assert_eq!(topics(&seen), ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+        assert_eq!(seen[2].3, 3);
+    }
+}
+
+#[tokio::test]
+async fn execs_have_streams_codes_and_errors_of_their_own() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let (out, stdin) = (Fifo::new(b.path(), "o"), b.path().join("i"));
+    stdio::fifo::make(&stdin).unwrap();
+    let io = Io { stdin: stdin.to_str().unwrap(), stdout: out.uri(), ..Io::default() };
+    shim.exec(&b, "one", &sh("cat; exit 5"), io).await.unwrap();
+    std::fs::write(&stdin, "through stdin").unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let req = task::StateRequest { id: b.id.clone(), exec_id: "one".into() };
+    assert_eq!(shim.task.state(CALL, req).await.unwrap().status, 2, "stdin stays open until CloseIO");
+    let close = task::CloseIoRequest { id: b.id.clone(), exec_id: "one".into(), stdin: true };
+    shim.task.close_io(CALL, close).await.unwrap();
+    assert_eq!(shim.wait(&b, "one").await.unwrap(), 5);
+    assert_eq!(out.text().await, "through stdin");
+    assert_eq!(code(&shim.kill(&b, "one", 9).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+    assert_eq!(shim.delete(&b, "one").await.unwrap(), 5);
+
+    let e = shim.exec(&b, "bad", &["/bin/nope".to_string()], Io::default()).await.unwrap_err();
+    assert!(e.to_string().contains("nope"), "{e}");
+    assert_eq!(shim.wait(&b, "bad").await.unwrap(), 255);
+    shim.delete(&b, "bad").await.unwrap();
+    assert_eq!(code(&shim.wait(&b, "none").await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+    let e = shim.exec(&b, "../x", &sh("true"), Io::default()).await.unwrap_err();
+    assert_eq!(code(&e), ttrpc::Code::INVALID_ARGUMENT);
+
+    assert_eq!(code(&shim.delete(&b, "").await.unwrap_err()), ttrpc::Code::FAILED_PRECONDITION);
+    shim.kill(&b, "", 9).await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 137);
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn two_hundred_execs_at_once_delay_nobody() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let mut slowest = Duration::ZERO;
+    {
+        let all = async {
+            let one = |n: usize| {
+                let (shim, b) = (&shim, &b);
+                async move {
+                    let exec = format!("e{n}");
+                    let out = Fifo::new(b.path(), &format!("o{n}"));
+                    let script = format!("echo {n}; exit {}", n % 100);
+                    shim.exec(b, &exec, &sh(&script), Io { stdout: out.uri(), ..Io::default() }).await.unwrap();
+                    assert_eq!(shim.wait(b, &exec).await.unwrap() as usize, n % 100);
+                    assert_eq!(out.text().await, format!("{n}\n"));
+                    shim.delete(b, &exec).await.unwrap();
+                }
+            };
+            let mut set = Vec::new();
+            for n in 0..200 {
+                set.push(Box::pin(one(n)));
+            }
+            join_all(set).await;
+        };
+        tokio::pin!(all);
+        loop {
+            tokio::select! {
+                () = &mut all => break,
+                () = tokio::time::sleep(Duration::from_millis(50)) => {}
+            }
+            let began = Instant::now();
+            shim.state(&b).await.unwrap();
+            slowest = slowest.max(began.elapsed());
+        }
+    }
+    eprintln!("slowest State: {slowest:?}");
+    assert!(slowest < Duration::from_secs(1));
+    shim.kill(&b, "", 9).await.unwrap();
+    shim.wait(&b, "").await.unwrap();
+    shim.delete(&b, "").await.unwrap();
+    let seen = shim.events_until(&b, "/tasks/delete").await;
+    assert_eq!(seen.iter().filter(|s| s.0 == "/tasks/exit").count(), 201);
+    for n in 0..200 {
+        let of: Vec<&str> = seen.iter().filter(|s| s.2 == format!("e{n}")).map(|s| s.0.as_str()).collect();
+        assert_eq!(of, ["/tasks/exec-added", "/tasks/exec-started", "/tasks/exit"]);
+    }
+}
+
+/// All futures, each polled when it asks for it.
+async fn join_all<F: Future<Output = ()>>(mut all: Vec<std::pin::Pin<Box<F>>>) {
+    std::future::poll_fn(move |cx| {
+        all.retain_mut(|f| f.as_mut().poll(cx).is_pending());
+        if all.is_empty() { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn without_a_pid_namespace_what_remains_is_killed_and_init_s_exit_is_last() {
+    let shim = Shim::start().await;
+    let shape = Shape { private_pids: false, args: sh("sleep 1000 & sleep 1000 & sleep 0.5; exit 4"), ..Shape::default() };
+    let b = Bundle::new(&shape);
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    for exec in ["a", "b"] {
+        shim.exec(&b, exec, &sh("sleep 1000"), Io::default()).await.unwrap();
+    }
+    let began = Instant::now();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 4);
+    assert!(began.elapsed() < Duration::from_secs(5));
+    assert_eq!(shim.wait(&b, "a").await.unwrap(), 137);
+    shim.delete(&b, "").await.unwrap();
+    let seen = shim.events_until(&b, "/tasks/delete").await;
+    let exits: Vec<(&str, u32)> =
+        seen.iter().filter(|s| s.0 == "/tasks/exit").map(|s| (s.2.as_str(), s.3)).collect();
+    assert_eq!(exits.len(), 3);
+    assert_eq!(exits[2], ("", 4), "{exits:?}");
+}
+
+#[tokio::test]
+async fn a_terminal_carries_both_ways_and_is_resized() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let (out, stdin) = (Fifo::new(b.path(), "o"), b.path().join("i"));
+    stdio::fifo::make(&stdin).unwrap();
+    let io = Io { stdin: stdin.to_str().unwrap(), stdout: out.uri(), terminal: true, ..Io::default() };
+    let script = "stty -echo; echo ready; read line; stty size; echo got $line; exit 9";
+    shim.exec(&b, "t", &sh(script), io).await.unwrap();
+    let resize = task::ResizePtyRequest { id: b.id.clone(), exec_id: "t".into(), width: 101, height: 33 };
+    shim.task.resize_pty(CALL, resize).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    std::fs::write(&stdin, "hello\n").unwrap();
+    assert_eq!(shim.wait(&b, "t").await.unwrap(), 9);
+    assert_eq!(out.text().await, "ready\r\n33 101\r\ngot hello\r\n");
+    shim.delete(&b, "t").await.unwrap();
+    shim.kill(&b, "", 9).await.unwrap();
+    shim.wait(&b, "").await.unwrap();
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn the_cri_log_is_complete_when_the_exit_is_told_and_is_reopened() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape { args: sh("echo one; sleep 1; echo two >&2; seq 1 5000"), ..Shape::default() });
+    let log = b.path().join("logs/0.log");
+    let uri = format!("cri://{}?limit=16384", log.display());
+    shim.create(&b, Io { stdout: &uri, stderr: &uri, ..Io::default() }).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    std::fs::rename(&log, b.path().join("logs/old")).unwrap();
+    let reopen = proto::longshore_shim::ReopenLogRequest { id: b.id.clone() };
+    shim.private.reopen_log(CALL, reopen).await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 0);
+    let old = std::fs::read_to_string(b.path().join("logs/old")).unwrap();
+    assert!(old.ends_with(" stdout F one\n"), "{old}");
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert_eq!(text.lines().count(), 5001);
+    assert!(text.contains(" stderr F two\n") && text.ends_with(" stdout F 5000\n"));
+    shim.delete(&b, "").await.unwrap();
+    let features = shim.private.features(CALL, Default::default()).await.unwrap();
+    assert!(features.features.iter().any(|f| f == "reopen-log"));
+}
+
+#[tokio::test]
+async fn the_oom_killer_is_named_in_the_certificate() {
+    let shim = Shim::start().await;
+    let args = sh("dd if=/dev/zero of=/dev/null bs=64M count=1");
+    let b = Bundle::new(&Shape { args, memory: Some(16 << 20), ..Shape::default() });
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let exit = shim.wait(&b, "").await.unwrap();
+    assert_eq!(exit, 137);
+    let req = proto::longshore_shim::CertificateRequest { id: b.id.clone(), exec_id: String::new() };
+    let c = shim.private.certificate(CALL, req).await.unwrap();
+    assert!(c.oom_killed && c.signal == 9 && c.peak_memory > 1 << 20 && !c.oom_cgroup.is_empty(), "{c:?}");
+    shim.events_until(&b, "/tasks/oom").await;
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_container_is_frozen_killed_while_frozen_and_deleted_unstarted() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    shim.task.pause(CALL, task::PauseRequest { id: b.id.clone() }).await.unwrap();
+    assert_eq!(shim.state(&b).await.unwrap().status, 4);
+    shim.kill(&b, "", 9).await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 137);
+    shim.delete(&b, "").await.unwrap();
+
+    shim.create(&b, Io::default()).await.unwrap();
+    assert_eq!(shim.delete(&b, "").await.unwrap(), 137);
+    assert_eq!(code(&shim.delete(&b, "").await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_failed_create_leaves_nothing_and_names_the_cause() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape { args: vec!["/bin/nope".into()], ..Shape::default() });
+    let e = shim.create(&b, Io::default()).await.unwrap_err();
+    assert!(e.to_string().contains("/bin/nope") && e.to_string().contains(&b.id), "{e}");
+    assert_eq!(code(&shim.state(&b).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+    let bad = Io { stdout: "binary:///bin/logger", ..Io::default() };
+    assert_eq!(code(&shim.create(&b, bad).await.unwrap_err()), ttrpc::Code::UNIMPLEMENTED);
+    b.configure(&Shape { args: sh("exit 2"), ..Shape::default() });
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 2);
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn pids_stats_and_update_speak_of_the_container() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape { memory: Some(64 << 20), ..Shape::default() });
+    let pid = shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let exec = shim.exec(&b, "x", &sh("sleep 1000"), Io::default()).await.unwrap();
+    let pids = shim.task.pids(CALL, task::PidsRequest { id: b.id.clone() }).await.unwrap().processes;
+    assert!(pids.iter().any(|p| p.pid == pid && p.info.is_none()));
+    assert!(pids.iter().any(|p| p.pid == exec && p.info.is_some()));
+    let update = |limit: i64| task::UpdateTaskRequest {
+        id: b.id.clone(),
+        resources: Some(prost_types::Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+            value: format!("{{\"memory\":{{\"limit\":{limit},\"swap\":{limit}}}}}").into_bytes(),
+        }),
+        ..Default::default()
+    };
+    shim.task.update(CALL, update(128 << 20)).await.unwrap();
+    let stats = shim.task.stats(CALL, task::StatsRequest { id: b.id.clone() }).await.unwrap().stats.unwrap();
+    if stats.type_url == "io.containerd.cgroups.v1.Metrics" {
+        let m: proto::cgroups::v1::Metrics = prost::Message::decode(stats.value.as_slice()).unwrap();
+        assert_eq!(m.memory.unwrap().usage.unwrap().limit, 128 << 20);
+        assert!(m.pids.unwrap().current >= 2);
+    }
+    shim.kill(&b, "", 9).await.unwrap();
+    shim.wait(&b, "").await.unwrap();
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_pipe_held_by_a_grandchild_ends_with_the_exec_s_delete() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let fds = || std::fs::read_dir(format!("/proc/{}/fd", shim.pid)).unwrap().count();
+    let before = fds();
+    let out = Fifo::new(b.path(), "o");
+    shim.exec(&b, "g", &sh("sleep 1000 & echo started"), Io { stdout: out.uri(), ..Io::default() }).await.unwrap();
+    assert_eq!(shim.wait(&b, "g").await.unwrap(), 0);
+    let began = Instant::now();
+    shim.delete(&b, "g").await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(2));
+    assert_eq!(fds(), before, "the shim keeps nothing of it");
+    shim.kill(&b, "", 9).await.unwrap();
+    shim.wait(&b, "").await.unwrap();
+    assert_eq!(out.text().await, "started\n");
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn after_kill_9_delete_cleans_up_and_tells_the_exit() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    let pid = shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let p = sys::pidfd::PidFd::open(shim.pid).unwrap();
+    p.signal(types::Signal::KILL).unwrap();
+    let out = std::process::Command::new(harness::BINARY)
+        .args(["-namespace", "test", "-id", &b.id, "-bundle"])
+        .arg(b.path())
+        .arg("delete")
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{out:?}");
+    assert_eq!(shim::decode_delete(&out.stdout).unwrap().exit_status, 137);
+    for _ in 0..300 {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if stat.is_empty() || stat.contains(") Z ") {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("init {pid} is still alive");
+}
