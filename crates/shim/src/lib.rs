@@ -1,1 +1,38 @@
 //! The shim: ttrpc services, task states, exit ordering.
+//!
+//! ```text
+//! service.rs, private.rs   ttrpc: validate, ask the owner, answer
+//! setup.rs                 Create, from request to owner
+//! container.rs, exec.rs    the owner: carries out what is decided
+//! state.rs                 what may be done and what follows (pure)
+//! streams.rs               URIs to descriptors, through `stdio`
+//! cgroup.rs oom.rs stats.rs  the container's cgroups
+//! events.rs                to the caller, in order
+//! persist.rs               what outlives the shim, in the bundle
+//! serve.rs, delete.rs      a shim's life; cleaning up after its death
+//! ```
+
+mod cgroup;
+mod container;
+mod delete;
+mod events;
+mod exec;
+pub mod log;
+mod mounts;
+mod oom;
+pub mod persist;
+mod private;
+mod serve;
+mod service;
+mod setup;
+mod shared;
+mod state;
+mod stats;
+mod streams;
+mod wire;
+
+pub use delete::delete;
+pub use serve::serve;
+pub use service::decode_delete;
+pub use shared::Settings;
+pub use wire::runtime_info;

@@ -24,4 +24,5 @@ mod writer;
 pub use capped::{Capped, collect};
 pub use cri_log::{DEFAULT_LIMIT, Stream};
 pub use uri::Uri;
+pub use watch::watch;
 pub use writer::{Format, Log, Writer};

@@ -6,8 +6,11 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Makes a descriptor non-blocking and watches it.
+///
+/// # Errors
+/// Where it can't be polled (a plain file can't), or outside a tokio runtime.
 #[expect(deprecated, reason = "its successor is unsafe; an OwnedFd never exchanges its descriptor")]
-pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     set_nonblocking(&fd)?;
     AsyncFd::with_interest(fd, interest)
 }

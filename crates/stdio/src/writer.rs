@@ -136,17 +136,20 @@ impl Log {
     ///
     /// # Errors
     /// Those of opening.
-    pub async fn reopen(&self) -> Result<()> {
+    pub fn reopen(&self) -> impl Future<Output = Result<()>> + Send + use<> {
         let (reply, answer) = oneshot::channel();
         self.mail.send(Order::Reopen { log: self.id, reply });
-        answer.await.map_err(|_| Error::internal("the log writer's thread has ended"))?
+        async move { answer.await.map_err(|_| Error::internal("the log writer's thread has ended"))? }
     }
 
-    /// Waits until every source has ended and is in the file.
-    pub async fn ended(&self) {
+    /// Waits until every source has ended and is in the file. The future stands
+    /// on its own.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut ended = self.ended.clone();
-        // The sender's end means that the log is closed.
-        let _ = ended.wait_for(|e| *e).await;
+        async move {
+            // The sender's end means that the log is closed.
+            let _ = ended.wait_for(|e| *e).await;
+        }
     }
 }
 
@@ -363,7 +366,7 @@ mod tests {
     use std::time::Duration;
 
     fn texts(log: &str) -> Vec<String> {
-        log.lines().map(|l| l.splitn(2, ' ').nth(1).unwrap().to_string()).collect()
+        log.lines().map(|l| l.split_once(' ').unwrap().1.to_string()).collect()
     }
 
     #[tokio::test]

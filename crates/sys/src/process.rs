@@ -50,6 +50,7 @@ pub fn take_inherited() -> io::Result<OwnedFd> {
     }
     // SAFETY: it is open (checked above), it came with exec, and the flag above
     // makes this the only owner in this process.
+    #[expect(clippy::disallowed_methods, reason = "this is where descriptors are made")]
     Ok(unsafe { OwnedFd::from_raw_fd(INHERITED) })
 }
 

@@ -1,7 +1,7 @@
 //! Terminals: the master that a runtime sends over a console socket, its size.
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
-use rustix::termios::{OptionalActions, OutputModes, Winsize};
+use rustix::termios::Winsize;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -36,15 +36,4 @@ pub fn receive_master(socket: impl AsFd) -> io::Result<OwnedFd> {
 /// ENOTTY where it is none.
 pub fn resize(master: impl AsFd, width: u16, height: u16) -> io::Result<()> {
     Ok(rustix::termios::tcsetwinsize(master, Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 })?)
-}
-
-/// Switches off the kernel's habit of sending CR before each LF, so that the
-/// bytes come out as the process wrote them.
-///
-/// # Errors
-/// ENOTTY where it is no terminal.
-pub fn plain_newlines(master: impl AsFd) -> io::Result<()> {
-    let mut t = rustix::termios::tcgetattr(&master)?;
-    t.output_modes.remove(OutputModes::ONLCR);
-    Ok(rustix::termios::tcsetattr(&master, OptionalActions::Now, &t)?)
 }

@@ -1,0 +1,555 @@
+//! A container's owner: the one task that holds its state.
+//!
+//! ```text
+//! RPC handler --Msg--> owner --spawn--> runtime call --Msg--> owner
+//!                        ^---- reaped, OOM, bound ----'
+//! ```
+//!
+//! It never awaits anything but its next message, so nothing holds up State or
+//! Kill. What may be done is decided by `state.rs`; the owner carries it out.
+
+use crate::cgroup::Cgroup;
+use crate::events::Event;
+use crate::persist::TaskRecord;
+use crate::shared::Shared;
+use crate::state::{Action, Machine, View};
+use crate::streams::{Habits, Io, Wanted};
+use crate::{log, oom, persist, wire};
+use oci::{Child, Command, Runtime, Status};
+use proto::containerd::events as ev;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::{mpsc, oneshot, watch};
+use types::{Certificate, Error, ErrorKind, Result, Signal};
+
+/// How long init's exit waits for what remains of its container.
+const BOUND: Duration = Duration::from_secs(10);
+/// How long a log may take to be complete before the exit is told all the same.
+const LOG_BOUND: Duration = Duration::from_millis(250);
+/// How long Delete waits for the last bytes of a process that has ended.
+pub(crate) const DRAIN: Duration = Duration::from_millis(500);
+
+pub(crate) type Handle = mpsc::UnboundedSender<Msg>;
+pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
+/// What a waiter watches: the certificate appears once the exit is published.
+pub(crate) type Exited = watch::Receiver<Option<Certificate>>;
+
+/// An exec as it was asked for.
+pub(crate) struct NewExec {
+    pub id: String,
+    pub wanted: Wanted,
+    pub spec: Vec<u8>,
+    pub labelled: bool,
+}
+
+/// What State answers.
+pub(crate) struct Seen {
+    pub view: View,
+    pub pid: i32,
+    pub bundle: PathBuf,
+    pub wanted: Wanted,
+}
+
+/// Requests, and the answers to what the owner has set in motion. An absent or
+/// empty exec is init.
+pub(crate) enum Msg {
+    Start(Option<String>, Reply<i32>),
+    Exec(NewExec, Reply<()>),
+    Delete(Option<String>, Reply<(i32, Certificate)>),
+    Kill { exec: Option<String>, signal: Signal, all: bool, reply: Reply<()> },
+    State(Option<String>, Reply<Seen>),
+    Wait(Option<String>, Reply<Exited>),
+    Pids(Reply<Vec<(i32, Option<String>)>>),
+    Resize { exec: Option<String>, width: u32, height: u32, reply: Reply<()> },
+    CloseStdin(Option<String>, Reply<()>),
+    Update(Vec<u8>, Reply<()>),
+    Pause(bool, Reply<()>),
+    Stats(Reply<prost_types::Any>),
+    ReopenLog(Reply<()>),
+    Certificate(Option<String>, Reply<Certificate>),
+    Waits(Reply<Vec<String>>),
+
+    InitStarted(Result<()>, Reply<i32>),
+    ExecStarted(String, Result<(Child, Io)>, Reply<i32>),
+    Reaped(Option<String>, Status),
+    Bound,
+    KillAgain,
+    PauseDone(bool, Result<()>, Option<Reply<()>>),
+    Deleted(Result<()>),
+    OomKill,
+}
+
+/// A process of the container.
+pub(crate) struct Process {
+    pub wanted: Wanted,
+    pub io: Option<Io>,
+    pub child: Option<Arc<Child>>,
+    pub exit: watch::Sender<Option<Certificate>>,
+    /// The last signal that was sent through us.
+    pub killed_by: Option<Signal>,
+    /// An exec's OCI document until it is started.
+    pub spec: Option<NewExec>,
+}
+
+impl Process {
+    pub fn launched(wanted: Wanted, io: Io, child: Child) -> Self {
+        Self { io: Some(io), child: Some(Arc::new(child)), ..Self::planned(wanted) }
+    }
+
+    pub fn planned(wanted: Wanted) -> Self {
+        Self { wanted, io: None, child: None, exit: watch::channel(None).0, killed_by: None, spec: None }
+    }
+
+    fn signal(&mut self, what: &str, signal: Signal) -> Result<()> {
+        let gone = || Error::not_found(format!("{what}: process already finished"));
+        let child = self.child.as_ref().ok_or_else(gone)?;
+        if child.has_ended() {
+            return Err(gone());
+        }
+        child.signal(signal).map_err(|e| e.within(what))?;
+        self.killed_by = Some(signal);
+        Ok(())
+    }
+}
+
+/// The owner's state.
+pub(crate) struct Owner {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    pub(crate) machine: Machine,
+    pub(crate) init: Process,
+    pub(crate) execs: HashMap<String, Process>,
+    pub(crate) runtime: Arc<Command>,
+    pub(crate) cgroup: Cgroup,
+    pub(crate) habits: Habits,
+    pub(crate) record: TaskRecord,
+    pub(crate) tx: Handle,
+    pub(crate) dying_since: Option<Instant>,
+    /// Who waits for the container to be deleted; at most one.
+    pub(crate) deleting: Option<Reply<(i32, Certificate)>>,
+}
+
+impl Owner {
+    /// Starts the owner of a container that the runtime has just created.
+    #[expect(clippy::too_many_arguments, reason = "each is a different thing that only Create knows")]
+    pub fn spawn(
+        shared: Arc<Shared>,
+        id: &str,
+        bundle: PathBuf,
+        init: Process,
+        runtime: Arc<Command>,
+        cgroup: Cgroup,
+        habits: Habits,
+        private_pids: bool,
+        record: TaskRecord,
+    ) {
+        let (tx, rx) = mpsc::unbounded_channel();
+        let pid = init.child.as_ref().map_or(0, |c| c.pid());
+        let owner = Self {
+            shared: shared.clone(),
+            id: id.into(),
+            bundle,
+            machine: Machine::new(id, pid, private_pids),
+            init,
+            execs: HashMap::new(),
+            runtime,
+            cgroup,
+            habits,
+            record,
+            tx: tx.clone(),
+            dying_since: None,
+            deleting: None,
+        };
+        owner.watch_init();
+        owner.watch_oom();
+        shared.fill(id, tx);
+        tokio::spawn(owner.run(rx));
+    }
+
+    fn watch_init(&self) {
+        let (Some(child), Some(io)) = (self.init.child.clone(), self.init.io.as_ref()) else { return };
+        let (tx, logged) = (self.tx.clone(), io.logged());
+        tokio::spawn(async move {
+            let status = child.wait().await;
+            // Whoever reads the log after the exit shall find all of it.
+            let _ = tokio::time::timeout(LOG_BOUND, logged).await;
+            let _ = tx.send(Msg::Reaped(None, status));
+        });
+    }
+
+    fn watch_oom(&self) {
+        match oom::Watch::new(&self.cgroup) {
+            Ok(mut watch) => {
+                let tx = self.tx.clone();
+                tokio::spawn(async move {
+                    loop {
+                        tokio::select! {
+                            struck = watch.next() => {
+                                if struck.is_none() || tx.send(Msg::OomKill).is_err() {
+                                    return;
+                                }
+                            }
+                            () = tx.closed() => return,
+                        }
+                    }
+                });
+            }
+            Err(e) => log::warn(format_args!("container {}: no word of the OOM killer: {e}", self.id)),
+        }
+    }
+
+    async fn run(mut self, mut rx: mpsc::UnboundedReceiver<Msg>) {
+        while let Some(msg) = rx.recv().await {
+            if let Msg::Deleted(result) = msg {
+                if self.deleted(result) {
+                    return;
+                }
+                continue;
+            }
+            self.handle(msg);
+        }
+    }
+
+    fn handle(&mut self, msg: Msg) {
+        match msg {
+            Msg::Start(None, reply) => self.start_init(reply),
+            Msg::Start(Some(exec), reply) => self.start_exec(exec, reply),
+            Msg::Exec(new, reply) => {
+                let _ = reply.send(self.add_exec(new));
+            }
+            Msg::Delete(None, reply) => self.delete_init(reply),
+            Msg::Delete(Some(exec), reply) => self.delete_exec(&exec, reply),
+            Msg::Kill { exec, signal, all, reply } => {
+                let _ = reply.send(self.kill(exec.as_deref(), signal, all));
+            }
+            Msg::State(exec, reply) => {
+                let _ = reply.send(self.state(exec.as_deref()));
+            }
+            Msg::Wait(exec, reply) => {
+                let _ = reply.send(self.process(exec.as_deref()).map(|p| p.exit.subscribe()));
+            }
+            Msg::Pids(reply) => {
+                let _ = reply.send(Ok(self.pids()));
+            }
+            Msg::Resize { exec, width, height, reply } => {
+                let _ = reply.send(self.resize(exec.as_deref(), width, height));
+            }
+            Msg::CloseStdin(exec, reply) => {
+                let _ = reply.send(self.process(exec.as_deref()).map(|p| {
+                    if let Some(io) = &mut p.io {
+                        io.close_stdin();
+                    }
+                }));
+            }
+            Msg::Update(resources, reply) => self.update(resources, reply),
+            Msg::Pause(on, reply) => self.pause(on, Some(reply)),
+            Msg::Stats(reply) => {
+                let _ = reply.send(Ok(crate::stats::stats(&self.cgroup)));
+            }
+            Msg::ReopenLog(reply) => self.reopen_log(reply),
+            Msg::Certificate(exec, reply) => {
+                let _ = reply.send(self.certificate(exec.as_deref()));
+            }
+            Msg::Waits(reply) => {
+                let _ = reply.send(Ok(self.waits()));
+            }
+            Msg::InitStarted(result, reply) => self.init_started(result, reply),
+            Msg::ExecStarted(exec, result, reply) => self.exec_started(&exec, result, reply),
+            Msg::Reaped(None, status) => self.init_reaped(status),
+            Msg::Reaped(Some(exec), status) => self.exec_reaped(&exec, status),
+            Msg::Bound => {
+                let actions = self.machine.bound_passed(SystemTime::now());
+                self.apply(actions);
+            }
+            Msg::KillAgain => self.kill_remaining(),
+            Msg::PauseDone(on, result, reply) => self.pause_done(on, result, reply),
+            Msg::OomKill => {
+                self.shared.events.publish(&Event::Oom(ev::TaskOom { container_id: self.id.clone() }));
+            }
+            // Handled by `run`, which it ends.
+            Msg::Deleted(_) => {}
+        }
+    }
+
+    pub(crate) fn process(&mut self, exec: Option<&str>) -> Result<&mut Process> {
+        match exec {
+            None => Ok(&mut self.init),
+            Some(e) => {
+                let id = &self.id;
+                self.execs.get_mut(e).ok_or_else(|| Error::not_found(format!("exec {e} of container {id}")))
+            }
+        }
+    }
+
+    fn start_init(&mut self, reply: Reply<i32>) {
+        if let Err(e) = self.machine.begin_start() {
+            let _ = reply.send(Err(e));
+            return;
+        }
+        let (runtime, id, tx, shared) = (self.runtime.clone(), self.id.clone(), self.tx.clone(), self.shared.clone());
+        tokio::spawn(async move {
+            let _permit = shared.permits.acquire().await;
+            let result = runtime.start(&id).await;
+            let _ = tx.send(Msg::InitStarted(result, reply));
+        });
+    }
+
+    fn init_started(&mut self, result: Result<()>, reply: Reply<i32>) {
+        let actions = self.machine.start_done(result.is_ok());
+        self.apply(actions);
+        let _ = reply.send(result.map(|()| self.machine.pid()));
+    }
+
+    /// Carries out what a transition entails, in its order.
+    pub(crate) fn apply(&mut self, actions: Vec<Action>) {
+        let events = self.shared.events.clone();
+        let container_id = self.id.clone();
+        for action in actions {
+            match action {
+                Action::Start => {
+                    let pid = wire::pid(self.machine.pid());
+                    events.publish(&Event::Start(ev::TaskStart { container_id: container_id.clone(), pid }));
+                }
+                Action::Exit(exit) => {
+                    self.dying_since = None;
+                    let event = self.exit_event(&container_id, self.machine.pid(), &exit);
+                    events.publish(&event);
+                    self.init.exit.send_replace(Some(exit));
+                    if self.deleting.is_some() {
+                        self.delete_now();
+                    }
+                }
+                Action::ExecAdded(exec_id) => {
+                    let container_id = container_id.clone();
+                    events.publish(&Event::ExecAdded(ev::TaskExecAdded { container_id, exec_id }));
+                }
+                Action::ExecStarted(exec_id, pid) => {
+                    let (container_id, pid) = (container_id.clone(), wire::pid(pid));
+                    events.publish(&Event::ExecStarted(ev::TaskExecStarted { container_id, exec_id, pid }));
+                }
+                Action::ExecExit(exec, pid, exit) => {
+                    events.publish(&self.exit_event(&exec, pid, &exit));
+                    if let Some(p) = self.execs.get_mut(&exec) {
+                        p.exit.send_replace(Some(exit));
+                    }
+                }
+                Action::ExecFailed(exec, exit) => {
+                    if let Some(p) = self.execs.get_mut(&exec) {
+                        p.exit.send_replace(Some(exit));
+                    }
+                }
+                Action::KillRemaining => self.kill_remaining(),
+                Action::ArmBound => {
+                    self.dying_since = Some(Instant::now());
+                    self.later(BOUND, Msg::Bound);
+                }
+                Action::KillLate(exec) => {
+                    if let Some(child) = self.execs.get(&exec).and_then(|p| p.child.as_ref()) {
+                        let _ = child.signal(Signal::KILL);
+                    }
+                }
+            }
+        }
+    }
+
+    fn exit_event(&self, process: &str, pid: i32, exit: &Certificate) -> Event {
+        Event::Exit(ev::TaskExit {
+            container_id: self.id.clone(),
+            id: process.to_string(),
+            pid: wire::pid(pid),
+            exit_status: wire::exit_status(exit.status),
+            exited_at: Some(wire::timestamp(exit.exited_at)),
+        })
+    }
+
+    pub(crate) fn later(&self, after: Duration, msg: Msg) {
+        let tx = self.tx.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            let _ = tx.send(msg);
+        });
+    }
+
+    /// Kills what is left of a container whose init has gone; again and again
+    /// while anything is, for a process may be forking at this moment.
+    fn kill_remaining(&mut self) {
+        let left = self.cgroup.kill_once();
+        if left == 0 || !self.machine.is_dying() {
+            return;
+        }
+        if let Some(since) = self.dying_since
+            && since.elapsed() > Duration::from_secs(1)
+        {
+            log::warn(format_args!("container {}: {left} processes are left after SIGKILL", self.id));
+        }
+        self.later(Duration::from_millis(100), Msg::KillAgain);
+    }
+
+    fn init_reaped(&mut self, status: Status) {
+        let oom = self.cgroup.oom_kills() > 0;
+        let exit = Certificate {
+            oom_killed: oom,
+            oom_cgroup: oom.then(|| self.cgroup.name()).flatten(),
+            killed_by: killed_by(self.init.killed_by, status),
+            peak_memory: self.cgroup.peak_memory(),
+            ..crate::state::plain(status.status, status.at)
+        };
+        // On disk before anybody hears of it.
+        if let Err(e) = persist::write_exit(&self.bundle, &exit) {
+            log::warn(format_args!("container {}: {e}", self.id));
+        }
+        let actions = self.machine.init_reaped(exit);
+        self.apply(actions);
+    }
+
+    fn exec_reaped(&mut self, exec: &str, status: Status) {
+        let sent = self.execs.get(exec).and_then(|p| p.killed_by);
+        let exit =
+            Certificate { killed_by: killed_by(sent, status), ..crate::state::plain(status.status, status.at) };
+        let actions = self.machine.exec_reaped(exec, exit);
+        self.apply(actions);
+    }
+
+    fn delete_init(&mut self, reply: Reply<(i32, Certificate)>) {
+        if self.deleting.is_some() {
+            let _ = reply.send(Err(Error::precondition(format!("container {} is being deleted", self.id))));
+            return;
+        }
+        match self.machine.may_delete() {
+            Err(e) => {
+                let _ = reply.send(Err(e));
+            }
+            Ok(true) => {
+                self.deleting = Some(reply);
+                self.delete_now();
+            }
+            Ok(false) => {
+                // Created and never started: its exit comes first.
+                self.deleting = Some(reply);
+                if let Some(child) = &self.init.child {
+                    let _ = child.signal(Signal::KILL);
+                }
+            }
+        }
+    }
+
+    fn delete_now(&mut self) {
+        let (runtime, id, tx, shared) = (self.runtime.clone(), self.id.clone(), self.tx.clone(), self.shared.clone());
+        let (io, rootfs, mounts) = (self.init.io.take(), self.bundle.join("rootfs"), self.record.rootfs_mounts);
+        tokio::spawn(async move {
+            let mut errors = Vec::new();
+            if let Some(io) = io {
+                io.drain(DRAIN).await;
+            }
+            let permit = shared.permits.acquire().await;
+            match runtime.delete(&id, false).await {
+                Err(e) if !e.is_not_found() => errors.push(e),
+                _ => {}
+            }
+            drop(permit);
+            // It may sync a file system; that must hold up nobody else.
+            if mounts > 0 {
+                let done = tokio::task::spawn_blocking(move || crate::mounts::unmount_rootfs(&rootfs, mounts)).await;
+                errors.extend(done.ok().and_then(Result::err));
+            }
+            let _ = tx.send(Msg::Deleted(Error::join("delete", errors)));
+        });
+    }
+
+    /// The container is gone (true), or what is left of it stays to be deleted
+    /// once more.
+    fn deleted(&mut self, result: Result<()>) -> bool {
+        let Some(reply) = self.deleting.take() else { return false };
+        let exit = match (result, self.machine.view()) {
+            (Ok(()), View::Stopped(exit)) => exit,
+            (Ok(()), _) => crate::state::plain(types::ExitStatus::Unknown(255), SystemTime::now()),
+            (Err(e), _) => {
+                let _ = reply.send(Err(e.within(format!("container {}", self.id))));
+                return false;
+            }
+        };
+        let pid = self.machine.pid();
+        self.shared.events.publish(&Event::Delete(ev::TaskDelete {
+            container_id: self.id.clone(),
+            pid: wire::pid(pid),
+            exit_status: wire::exit_status(exit.status),
+            exited_at: Some(wire::timestamp(exit.exited_at)),
+            id: String::new(),
+        }));
+        self.shared.release(&self.id);
+        let _ = reply.send(Ok((pid, exit)));
+        true
+    }
+
+    pub(crate) fn pause(&mut self, on: bool, reply: Option<Reply<()>>) {
+        if let Err(e) = self.machine.may_pause() {
+            if let Some(reply) = reply {
+                let _ = reply.send(Err(e));
+            }
+            return;
+        }
+        let (runtime, id, tx) = (self.runtime.clone(), self.id.clone(), self.tx.clone());
+        tokio::spawn(async move {
+            let result = if on { runtime.pause(&id).await } else { runtime.resume(&id).await };
+            let _ = tx.send(Msg::PauseDone(on, result, reply));
+        });
+    }
+
+    fn pause_done(&mut self, on: bool, result: Result<()>, reply: Option<Reply<()>>) {
+        if result.is_ok() {
+            self.machine.set_paused(on);
+            let container_id = self.id.clone();
+            self.shared.events.publish(&if on {
+                Event::Paused(ev::TaskPaused { container_id })
+            } else {
+                Event::Resumed(ev::TaskResumed { container_id })
+            });
+        }
+        if let Some(reply) = reply {
+            let _ = reply.send(result);
+        }
+    }
+
+    fn update(&mut self, resources: Vec<u8>, reply: Reply<()>) {
+        let (runtime, id) = (self.runtime.clone(), self.id.clone());
+        tokio::spawn(async move {
+            let _ = reply.send(runtime.update(&id, &resources).await);
+        });
+    }
+
+    pub(crate) fn kill(&mut self, exec: Option<&str>, signal: Signal, all: bool) -> Result<()> {
+        let what = match exec {
+            None => format!("container {}", self.id),
+            Some(e) => format!("exec {e} of container {}", self.id),
+        };
+        if exec.is_none() && all {
+            self.init.killed_by = Some(signal);
+            let found = self.cgroup.signal_all(signal);
+            if found == 0 {
+                return Err(Error::not_found(format!("{what}: process already finished")));
+            }
+        } else {
+            let not_started = exec.is_some_and(|e| matches!(self.machine.exec_view(e), Ok((View::Created, _))));
+            let process = self.process(exec)?;
+            if not_started {
+                return Err(Error::new(ErrorKind::FailedPrecondition, format!("{what} has not been started")));
+            }
+            process.signal(&what, signal)?;
+        }
+        // A frozen process on cgroup v1 dies only once it is thawed.
+        if signal == Signal::KILL && self.machine.view() == View::Paused {
+            self.pause(false, None);
+        }
+        Ok(())
+    }
+}
+
+fn killed_by(sent: Option<Signal>, status: Status) -> Option<String> {
+    match (sent, status.status) {
+        (Some(s), types::ExitStatus::Signal(n)) if s.number() == n => Some(format!("Kill ({s})")),
+        _ => None,
+    }
+}

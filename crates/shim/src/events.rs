@@ -1,0 +1,182 @@
+//! Events to the caller, in order, by ttrpc to TTRPC_ADDRESS.
+//!
+//! One task owns the queue and the connection. A caller that is away is tried
+//! again with growing pauses; an event that has failed ten times is dropped, as
+//! is the oldest when a thousand wait: after a reconnection State and Wait are
+//! the truth (behaviours.md section 3).
+
+use prost::Message;
+use proto::containerd::events as wire;
+use proto::containerd::services::events::ttrpc::v1::{EventsClient, ForwardRequest};
+use proto::containerd::types::Envelope;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+use tokio::sync::{mpsc, oneshot};
+use types::{Result, ResultExt};
+
+const LONGEST_QUEUE: usize = 1024;
+const TRIES: u32 = 10;
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const CALL: Duration = Duration::from_secs(5);
+
+/// An event, on its topic.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// /tasks/create
+    Create(wire::TaskCreate),
+    /// /tasks/start
+    Start(wire::TaskStart),
+    /// /tasks/exit
+    Exit(wire::TaskExit),
+    /// /tasks/delete
+    Delete(wire::TaskDelete),
+    /// /tasks/oom
+    Oom(wire::TaskOom),
+    /// /tasks/paused
+    Paused(wire::TaskPaused),
+    /// /tasks/resumed
+    Resumed(wire::TaskResumed),
+    /// /tasks/exec-added
+    ExecAdded(wire::TaskExecAdded),
+    /// /tasks/exec-started
+    ExecStarted(wire::TaskExecStarted),
+}
+
+impl Event {
+    /// Its topic, the full name of its message, its bytes.
+    fn parts(&self) -> (&'static str, &'static str, Vec<u8>) {
+        match self {
+            Self::Create(m) => ("/tasks/create", "containerd.events.TaskCreate", m.encode_to_vec()),
+            Self::Start(m) => ("/tasks/start", "containerd.events.TaskStart", m.encode_to_vec()),
+            Self::Exit(m) => ("/tasks/exit", "containerd.events.TaskExit", m.encode_to_vec()),
+            Self::Delete(m) => ("/tasks/delete", "containerd.events.TaskDelete", m.encode_to_vec()),
+            Self::Oom(m) => ("/tasks/oom", "containerd.events.TaskOOM", m.encode_to_vec()),
+            Self::Paused(m) => ("/tasks/paused", "containerd.events.TaskPaused", m.encode_to_vec()),
+            Self::Resumed(m) => ("/tasks/resumed", "containerd.events.TaskResumed", m.encode_to_vec()),
+            Self::ExecAdded(m) => ("/tasks/exec-added", "containerd.events.TaskExecAdded", m.encode_to_vec()),
+            Self::ExecStarted(m) => ("/tasks/exec-started", "containerd.events.TaskExecStarted", m.encode_to_vec()),
+        }
+    }
+}
+
+enum Order {
+    Publish(Envelope),
+    /// Answered when everything before it has been sent or dropped.
+    Flush(oneshot::Sender<()>),
+}
+
+/// Where events are handed in. Clones share the queue.
+#[derive(Clone)]
+pub struct Publisher {
+    orders: Option<mpsc::UnboundedSender<Order>>,
+    namespace: String,
+}
+
+impl Publisher {
+    /// Publishes to the socket at `address`; to nobody where it is empty.
+    pub fn new(address: &str, namespace: &str) -> Self {
+        let path = address.strip_prefix("unix://").unwrap_or(address);
+        let orders = (!path.is_empty()).then(|| {
+            let (tx, rx) = mpsc::unbounded_channel();
+            tokio::spawn(Sender { path: path.into(), client: None, queue: VecDeque::new() }.run(rx));
+            tx
+        });
+        Self { orders, namespace: namespace.into() }
+    }
+
+    /// Hands in an event; never waits.
+    pub fn publish(&self, event: &Event) {
+        let Some(orders) = &self.orders else { return };
+        let (topic, type_url, value) = event.parts();
+        let envelope = Envelope {
+            timestamp: Some(crate::wire::timestamp(SystemTime::now())),
+            namespace: self.namespace.clone(),
+            topic: topic.into(),
+            event: Some(prost_types::Any { type_url: type_url.into(), value }),
+        };
+        // The queue's task ends with the process only.
+        let _ = orders.send(Order::Publish(envelope));
+    }
+
+    /// Waits, at most for `bound`, until what was handed in has been sent.
+    pub async fn flush(&self, bound: Duration) {
+        let Some(orders) = &self.orders else { return };
+        let (tx, rx) = oneshot::channel();
+        if orders.send(Order::Flush(tx)).is_ok() {
+            let _ = tokio::time::timeout(bound, rx).await;
+        }
+    }
+}
+
+struct Sender {
+    path: PathBuf,
+    client: Option<EventsClient>,
+    queue: VecDeque<Order>,
+}
+
+impl Sender {
+    async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
+        while let Some(first) = orders.recv().await {
+            self.queue.push_back(first);
+            while let Some(order) = self.queue.pop_front() {
+                match order {
+                    Order::Publish(e) => self.send(e).await,
+                    Order::Flush(done) => {
+                        let _ = done.send(());
+                    }
+                }
+                while let Ok(more) = orders.try_recv() {
+                    self.queue.push_back(more);
+                }
+                while self.queue.len() > LONGEST_QUEUE {
+                    self.queue.pop_front();
+                }
+            }
+        }
+    }
+
+    async fn send(&mut self, envelope: Envelope) {
+        let mut pause = FIRST_PAUSE;
+        for attempt in 1..=TRIES {
+            match self.try_send(&envelope).await {
+                Ok(()) => return,
+                Err(e) if attempt == TRIES => {
+                    crate::log::warn(format_args!("event {} is dropped: {e}", envelope.topic));
+                }
+                Err(_) => {
+                    self.client = None;
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+            }
+        }
+    }
+
+    async fn try_send(&mut self, envelope: &Envelope) -> Result<()> {
+        let what = || format!("forward an event to {}", self.path.display());
+        let client = match &self.client {
+            Some(c) => c.clone(),
+            None => {
+                let stream = tokio::net::UnixStream::connect(&self.path).await.context(what)?;
+                let client = ttrpc::r#async::Client::new(stream.into());
+                self.client.insert(EventsClient::new(client, EventsClient::SERVICE)).clone()
+            }
+        };
+        client.forward(CALL, ForwardRequest { envelope: Some(envelope.clone()) }).await.context(what)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn without_an_address_nothing_is_kept() {
+        let p = Publisher::new("", "ns");
+        p.publish(&Event::Oom(wire::TaskOom { container_id: "c".into() }));
+        p.flush(Duration::from_secs(1)).await;
+    }
+}

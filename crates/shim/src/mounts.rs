@@ -1,0 +1,250 @@
+//! The root file system's mounts, given in Create and stacked on
+//! `<bundle>/rootfs`; taken off again on delete, also by the `delete` command
+//! after the shim has died.
+
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive};
+use rustix::mount::{mount_change, mount_remount, unmount};
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+use types::{Error, Result, ResultExt};
+
+/// The kernel takes one page of mount data.
+const PAGE: usize = 4096;
+
+/// One mount with its options sorted out.
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    flags: MountFlags,
+    bind: Option<bool>,
+    propagation: Option<MountPropagationFlags>,
+    data: Vec<String>,
+}
+
+fn plan(options: &[String]) -> Plan {
+    let mut p = Plan { flags: MountFlags::empty(), bind: None, propagation: None, data: Vec::new() };
+    for o in options {
+        let (flag, on) = match o.as_str() {
+            "defaults" | "loud" => continue,
+            "ro" => (MountFlags::RDONLY, true),
+            "rw" => (MountFlags::RDONLY, false),
+            "nosuid" => (MountFlags::NOSUID, true),
+            "suid" => (MountFlags::NOSUID, false),
+            "nodev" => (MountFlags::NODEV, true),
+            "dev" => (MountFlags::NODEV, false),
+            "noexec" => (MountFlags::NOEXEC, true),
+            "exec" => (MountFlags::NOEXEC, false),
+            "sync" => (MountFlags::SYNCHRONOUS, true),
+            "async" => (MountFlags::SYNCHRONOUS, false),
+            "dirsync" => (MountFlags::DIRSYNC, true),
+            "noatime" => (MountFlags::NOATIME, true),
+            "atime" => (MountFlags::NOATIME, false),
+            "nodiratime" => (MountFlags::NODIRATIME, true),
+            "diratime" => (MountFlags::NODIRATIME, false),
+            "relatime" => (MountFlags::RELATIME, true),
+            "norelatime" => (MountFlags::RELATIME, false),
+            "strictatime" => (MountFlags::STRICTATIME, true),
+            "nostrictatime" => (MountFlags::STRICTATIME, false),
+            "bind" => {
+                p.bind.get_or_insert(false);
+                continue;
+            }
+            "rbind" => {
+                p.bind = Some(true);
+                continue;
+            }
+            "private" => {
+                p.propagation = Some(MountPropagationFlags::PRIVATE);
+                continue;
+            }
+            "rprivate" => {
+                p.propagation = Some(MountPropagationFlags::PRIVATE | MountPropagationFlags::REC);
+                continue;
+            }
+            "slave" => {
+                p.propagation = Some(MountPropagationFlags::DOWNSTREAM);
+                continue;
+            }
+            "rslave" => {
+                p.propagation = Some(MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC);
+                continue;
+            }
+            "shared" => {
+                p.propagation = Some(MountPropagationFlags::SHARED);
+                continue;
+            }
+            "rshared" => {
+                p.propagation = Some(MountPropagationFlags::SHARED | MountPropagationFlags::REC);
+                continue;
+            }
+            // Wants its own work in user space, which nobody has asked of us yet.
+            _ => {
+                p.data.push(o.clone());
+                continue;
+            }
+        };
+        p.flags.set(flag, on);
+    }
+    p
+}
+
+/// Mounts `mounts` one upon the other on `root`; on a failure those that
+/// succeeded are taken off again.
+///
+/// # Errors
+/// Naming the mount that failed.
+pub fn mount_rootfs(root: &Path, mounts: &[proto::containerd::types::Mount]) -> Result<()> {
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(root).context(|| format!("make {}", root.display()))?;
+    for (done, m) in mounts.iter().enumerate() {
+        if let Err(e) = mount_one(root, m) {
+            let mut errors = vec![e];
+            errors.extend(unmount_rootfs(root, done).err());
+            return Error::join("mount the root file system", errors);
+        }
+    }
+    Ok(())
+}
+
+fn mount_one(root: &Path, m: &proto::containerd::types::Mount) -> Result<()> {
+    let what = || format!("mount {} {} on {}", m.r#type, m.source, root.display());
+    let p = plan(&m.options);
+    if p.data.iter().any(|o| o == "loop" || o.starts_with("X-") || o.starts_with("x-")) {
+        return Err(Error::unimplemented(format!("{}: option {:?} is not served", what(), p.data)));
+    }
+    if p.bind.is_some() || m.r#type == "bind" {
+        let bound = if p.bind == Some(true) { mount_bind_recursive(&m.source, root) } else { mount_bind(&m.source, root) };
+        bound.context(what)?;
+        if !p.flags.is_empty() {
+            mount_remount(root, p.flags | MountFlags::BIND, c"").context(what)?;
+        }
+    } else {
+        let (dir, data) = shorten(&m.r#type, &p.data);
+        let data = CString::new(data).context(|| format!("{}: its options have a zero byte", what()))?;
+        let (source, kind, flags, target) = (m.source.clone(), m.r#type.clone(), p.flags, root.to_path_buf());
+        let make = move || mount(source.as_str(), &target, kind.as_str(), flags, data.as_c_str());
+        match dir {
+            None => make().context(what)?,
+            // Lower layers by names relative to a directory: only a thread of its
+            // own may change into it.
+            Some(dir) => std::thread::spawn(move || {
+                sys::process::enter_directory_on_this_thread(&dir)?;
+                make().map_err(std::io::Error::from)
+            })
+            .join()
+            .map_err(|_| Error::internal(what()))?
+            .context(what)?,
+        }
+    }
+    if let Some(propagation) = p.propagation {
+        mount_change(root, propagation).context(what)?;
+    }
+    Ok(())
+}
+
+/// Joins mount data. An overlay with so many layers that the data exceeds a page
+/// gets them relative to their common directory, which is returned.
+fn shorten(kind: &str, options: &[String]) -> (Option<PathBuf>, String) {
+    let joined = options.join(",");
+    if kind != "overlay" || joined.len() < PAGE {
+        return (None, joined);
+    }
+    let Some(lower) = options.iter().find_map(|o| o.strip_prefix("lowerdir=")) else { return (None, joined) };
+    let layers: Vec<&str> = lower.split(':').collect();
+    let first = layers[0];
+    let common = layers.iter().fold(first.len(), |n, l| {
+        first.bytes().zip(l.bytes()).take(n).take_while(|(a, b)| a == b).count()
+    });
+    let Some(slash) = first[..common].rfind('/').filter(|n| *n > 0) else { return (None, joined) };
+    let relative: Vec<&str> = layers.iter().map(|l| &l[slash + 1..]).collect();
+    let lower = format!("lowerdir={}", relative.join(":"));
+    let options: Vec<&str> =
+        options.iter().map(|o| if o.starts_with("lowerdir=") { lower.as_str() } else { o.as_str() }).collect();
+    (Some(PathBuf::from(&first[..slash])), options.join(","))
+}
+
+/// Takes up to `count` mounts off `root`; none there is no error.
+///
+/// # Errors
+/// Those of umount, but for "nothing is mounted there".
+pub fn unmount_rootfs(root: &Path, count: usize) -> Result<()> {
+    for _ in 0..count {
+        match unmount(root, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOENT) => break,
+            Err(e) => return Err(e).context(|| format!("unmount {}", root.display())),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(o: &[&str]) -> Vec<String> {
+        o.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn flags_and_data_are_told_apart() {
+        let p = plan(&options(&["ro", "rbind", "nosuid", "rprivate", "size=1m"]));
+        assert_eq!(p.flags, MountFlags::RDONLY | MountFlags::NOSUID);
+        assert_eq!(p.bind, Some(true));
+        assert_eq!(p.data, ["size=1m"]);
+        assert!(p.propagation.is_some());
+    }
+
+    #[test]
+    fn many_layers_become_relative() {
+        let layers: Vec<String> = (0..200).map(|n| format!("/var/lib/some/where/snapshots/{n}/fs")).collect();
+        let o = vec![format!("lowerdir={}", layers.join(":")), "upperdir=/u".into()];
+        let (dir, data) = shorten("overlay", &o);
+        assert_eq!(dir.unwrap(), Path::new("/var/lib/some/where/snapshots"));
+        assert!(data.starts_with("lowerdir=0/fs:1/fs:") && data.ends_with(",upperdir=/u") && data.len() < PAGE);
+        assert_eq!(shorten("overlay", &options(&["lowerdir=/a:/b"])), (None, "lowerdir=/a:/b".into()));
+    }
+
+    #[test]
+    fn an_overlay_of_many_layers_is_mounted_and_taken_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = "x".repeat(60);
+        let layers: Vec<String> = (0..100)
+            .map(|n| {
+                let d = dir.path().join(&long).join(n.to_string());
+                std::fs::create_dir_all(&d).unwrap();
+                std::fs::write(d.join(format!("f{n}")), "").unwrap();
+                d.display().to_string()
+            })
+            .collect();
+        let root = dir.path().join("rootfs");
+        let m = proto::containerd::types::Mount {
+            r#type: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![format!("lowerdir={}", layers.join(":"))],
+            ..Default::default()
+        };
+        mount_rootfs(&root, &[m]).unwrap();
+        assert_eq!(std::fs::read_dir(&root).unwrap().count(), 100);
+        unmount_rootfs(&root, 5).unwrap();
+        assert_eq!(std::fs::read_dir(&root).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_failed_mount_leaves_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let bind = |source: &str| proto::containerd::types::Mount {
+            r#type: "bind".into(),
+            source: source.into(),
+            options: options(&["rbind", "ro"]),
+            ..Default::default()
+        };
+        let source = tempfile::tempdir().unwrap();
+        let root = dir.path().join("rootfs");
+        let e = mount_rootfs(&root, &[bind(source.path().to_str().unwrap()), bind("/nonexistent")]).unwrap_err();
+        assert!(e.to_string().contains("/nonexistent"), "{e}");
+        assert_eq!(unmount(&root, UnmountFlags::DETACH), Err(Errno::INVAL));
+    }
+}

@@ -1,0 +1,209 @@
+//! Create: from a request to a container with an owner, or to nothing at all.
+
+use crate::cgroup::Cgroup;
+use crate::container::{Owner, Process};
+use crate::events::Event;
+use crate::persist::{self, TaskRecord};
+use crate::shared::Shared;
+use crate::streams::{self, Habits, Io, Wanted};
+use crate::{log, mounts, wire};
+use oci::{Child, Command, Config, Launch, Runtime};
+use prost::Message;
+use proto::containerd::events::{TaskCreate, TaskIo};
+use proto::containerd::runc::v1::Options;
+use proto::containerd::task::v3::CreateTaskRequest;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use types::{Error, Result, ResultExt};
+
+/// The runtime's state directory where the caller names none.
+const DEFAULT_ROOT: &str = "/run/longshore/runc";
+
+/// What must be known of a process's OCI document.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ProcessPeek {
+    #[serde(default)]
+    pub terminal: bool,
+    #[serde(default)]
+    apparmor_profile: String,
+    #[serde(default)]
+    selinux_label: String,
+}
+
+impl ProcessPeek {
+    pub fn labelled(&self) -> bool {
+        !self.selinux_label.is_empty() || !matches!(self.apparmor_profile.as_str(), "" | "unconfined")
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct ConfigPeek {
+    #[serde(default)]
+    process: ProcessPeek,
+    #[serde(default)]
+    linux: LinuxPeek,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct LinuxPeek {
+    #[serde(default)]
+    namespaces: Vec<NamespacePeek>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NamespacePeek {
+    r#type: String,
+    #[serde(default)]
+    path: String,
+}
+
+impl ConfigPeek {
+    fn read(bundle: &Path) -> Result<Self> {
+        let path = bundle.join("config.json");
+        let bytes = std::fs::read(&path).context(|| format!("read {}", path.display()))?;
+        serde_json::from_slice(&bytes)
+            .map_err(|e| Error::invalid(format!("{} is no OCI configuration", path.display())).because(e))
+    }
+
+    fn private_pids(&self) -> bool {
+        self.linux.namespaces.iter().any(|n| n.r#type == "pid" && n.path.is_empty())
+    }
+}
+
+fn options(req: &CreateTaskRequest) -> Result<Options> {
+    match &req.options {
+        Some(any) if any.type_url.ends_with("containerd.runc.v1.Options") => Options::decode(any.value.as_slice())
+            .map_err(|e| Error::invalid(format!("the options of container {} can't be read", req.id)).because(e)),
+        Some(any) if !any.type_url.is_empty() => {
+            log::warn(format_args!("options of type {} are not ours; defaults are used", any.type_url));
+            Ok(Options::default())
+        }
+        _ => Ok(Options::default()),
+    }
+}
+
+/// How the runtime is called for this container.
+fn runtime_config(shared: &Shared, o: &Options, bundle: &Path) -> Result<Config> {
+    let names: &[&str] = if o.binary_name.is_empty() { &["runc", "crun", "youki"] } else { &[o.binary_name.as_str()] };
+    let binary = names.iter().find_map(|n| oci::find_binary(n)).ok_or_else(|| {
+        Error::not_found(format!("no OCI runtime: {} not found", names.join(", "))).hint("install runc")
+    })?;
+    let root = if o.root.is_empty() { Path::new(DEFAULT_ROOT) } else { Path::new(&o.root) };
+    let mut config = Config::new(binary, bundle);
+    config.root = Some(root.join(&shared.settings.namespace));
+    config.systemd_cgroup = o.systemd_cgroup;
+    config.no_pivot = o.no_pivot_root;
+    config.no_new_keyring = o.no_new_keyring;
+    Ok(config)
+}
+
+/// Creates a container; returns its init's pid.
+pub(crate) async fn create(shared: Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
+    types::check_identifier("container id", &req.id)?;
+    if !req.checkpoint.is_empty() {
+        return Err(Error::unimplemented("restoring a container from a checkpoint is not served by this shim"));
+    }
+    if !Path::new(&req.bundle).is_absolute() {
+        return Err(Error::invalid(format!("bundle {:?} is not an absolute path", req.bundle)));
+    }
+    shared.reserve(&req.id)?;
+    let id = req.id.clone();
+    let made = make(&shared, req).await;
+    if made.is_err() {
+        shared.release(&id);
+    }
+    made.map_err(|e| e.within(format!("create container {id}")))
+}
+
+async fn make(shared: &Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
+    let bundle = PathBuf::from(&req.bundle);
+    let o = options(&req)?;
+    let peek = ConfigPeek::read(&bundle)?;
+    let config = runtime_config(shared, &o, &bundle)?;
+    let record = TaskRecord {
+        binary: config.binary.clone(),
+        root: config.root.clone().unwrap_or_default(),
+        systemd_cgroup: config.systemd_cgroup,
+        rootfs_mounts: req.rootfs.len(),
+    };
+    persist::forget_exit(&bundle);
+    persist::write_task(&bundle, &record)?;
+    let runtime = Arc::new(Command::new(config, shared.children.clone()));
+    let rootfs = bundle.join("rootfs");
+    mounts::mount_rootfs(&rootfs, &req.rootfs)?;
+    let wanted = Wanted {
+        stdin: req.stdin.clone(),
+        stdout: req.stdout.clone(),
+        stderr: req.stderr.clone(),
+        terminal: req.terminal,
+    };
+    let habits = Habits { labelled: peek.process.labelled(), owner: (o.io_uid, o.io_gid) };
+    let (child, io) = match launch(shared, &runtime, &req.id, &bundle, &wanted, habits).await {
+        Ok(up) => up,
+        Err(e) => {
+            let mut errors = vec![e];
+            errors.extend(mounts::unmount_rootfs(&rootfs, req.rootfs.len()).err());
+            return match errors.len() {
+                1 => Err(errors.remove(0)),
+                _ => Error::join("launch", errors).map(|()| 0),
+            };
+        }
+    };
+    let pid = child.pid();
+    let cgroup = Cgroup::of(pid).unwrap_or_else(|e| {
+        log::warn(format_args!("container {}: its cgroup is unknown: {e}", req.id));
+        Cgroup::default()
+    });
+    shared.events.publish(&Event::Create(TaskCreate {
+        container_id: req.id.clone(),
+        bundle: req.bundle.clone(),
+        rootfs: req.rootfs,
+        io: Some(TaskIo { stdin: req.stdin, stdout: req.stdout, stderr: req.stderr, terminal: req.terminal }),
+        checkpoint: String::new(),
+        pid: wire::pid(pid),
+    }));
+    let process = Process::launched(wanted, io, child);
+    Owner::spawn(shared.clone(), &req.id, bundle, process, runtime, cgroup, habits, peek.private_pids(), record);
+    Ok(pid)
+}
+
+/// Opens the streams and lets the runtime create the container. A failure leaves
+/// nothing of it.
+async fn launch(
+    shared: &Arc<Shared>,
+    runtime: &Command,
+    id: &str,
+    bundle: &Path,
+    wanted: &Wanted,
+    habits: Habits,
+) -> Result<(Child, Io)> {
+    let mut prepared = streams::prepare(wanted, habits, &shared.writer, &shared.settings.sockets).await?;
+    let launch = Launch {
+        stdio: std::mem::take(&mut prepared.stdio),
+        console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
+        pid_file: bundle.join("init.pid"),
+    };
+    let _permit = shared.permits.acquire().await.map_err(|_| Error::unavailable("the shim is stopping"))?;
+    let up = async {
+        let child = runtime.create(id, bundle, launch).await?;
+        match prepared.attach(&shared.writer).await {
+            Ok(io) => Ok((child, io)),
+            Err(e) => Err(e),
+        }
+    };
+    match up.await {
+        Ok(up) => Ok(up),
+        // The name may be somebody else's: that container is not ours to delete.
+        Err(e) if e.kind() == types::ErrorKind::AlreadyExists => Err(e),
+        Err(e) => {
+            // Whatever the runtime left half made. It is often nothing.
+            match runtime.delete(id, true).await {
+                Err(d) if !d.is_not_found() => log::warn(format_args!("after a failed create: {d}")),
+                _ => {}
+            }
+            Err(e)
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! What all containers of a shim share.
+
+use crate::container::{Handle, Msg};
+use crate::events::Publisher;
+use crate::streams::SharedWriter;
+use oci::Children;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::{Notify, Semaphore, oneshot};
+use types::{Error, Result};
+
+/// How a shim was started.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Its own id: the pod's or the first container's.
+    pub id: String,
+    /// The caller's namespace.
+    pub namespace: String,
+    /// Where events go (TTRPC_ADDRESS); empty: nowhere.
+    pub events: String,
+    /// A short directory, closed to others, for sockets.
+    pub sockets: PathBuf,
+}
+
+/// What all containers share.
+pub(crate) struct Shared {
+    pub settings: Settings,
+    pub children: Children,
+    pub events: Publisher,
+    pub writer: SharedWriter,
+    /// Runtime calls at a time: more than the CPUs can run only slow each other.
+    pub permits: Semaphore,
+    /// Told when the shim shall end.
+    pub stop: Notify,
+    containers: Mutex<HashMap<String, Option<Handle>>>,
+}
+
+impl Shared {
+    pub fn new(settings: Settings, children: Children) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let events = Publisher::new(&settings.events, &settings.namespace);
+        Self {
+            settings,
+            children,
+            events,
+            writer: SharedWriter::default(),
+            permits: Semaphore::new((2 * cpus).max(4)),
+            stop: Notify::new(),
+            containers: Mutex::default(),
+        }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Handle>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a name for a container that is about to be created.
+    pub fn reserve(&self, id: &str) -> Result<()> {
+        let mut all = self.containers();
+        if all.contains_key(id) {
+            return Err(Error::exists(format!("container {id} exists already")));
+        }
+        all.insert(id.to_string(), None);
+        Ok(())
+    }
+
+    /// The container exists now.
+    pub fn fill(&self, id: &str, handle: Handle) {
+        self.containers().insert(id.to_string(), Some(handle));
+    }
+
+    /// The container is gone, or was never made.
+    pub fn release(&self, id: &str) {
+        let mut all = self.containers();
+        all.remove(id);
+        all.shrink_to_fit();
+        drop(all);
+        sys::malloc::trim();
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.containers().is_empty()
+    }
+
+    pub fn find(&self, id: &str) -> Result<Handle> {
+        match self.containers().get(id) {
+            Some(Some(handle)) => Ok(handle.clone()),
+            Some(None) => Err(Error::precondition(format!("container {id} is being created"))),
+            None => Err(Error::not_found(format!("container {id}"))),
+        }
+    }
+
+    pub fn handles(&self) -> Vec<Handle> {
+        self.containers().values().flatten().cloned().collect()
+    }
+
+    /// Sends a request to a container's owner and awaits its answer. The caller
+    /// may be dropped meanwhile; the owner goes on.
+    pub async fn ask<T>(&self, id: &str, request: impl FnOnce(oneshot::Sender<Result<T>>) -> Msg) -> Result<T> {
+        ask(&self.find(id)?, id, request).await
+    }
+}
+
+pub(crate) async fn ask<T>(
+    handle: &Handle,
+    id: &str,
+    request: impl FnOnce(oneshot::Sender<Result<T>>) -> Msg,
+) -> Result<T> {
+    let (tx, rx) = oneshot::channel();
+    let gone = || Error::not_found(format!("container {id}"));
+    handle.send(request(tx)).map_err(|_| gone())?;
+    rx.await.map_err(|_| gone())?
+}

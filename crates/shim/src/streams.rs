@@ -1,0 +1,335 @@
+//! The standard streams of one process, from its URIs to open descriptors.
+//!
+//! ```text
+//! FIFO            the process gets the FIFO itself; no byte passes through us
+//! FIFO, labelled  process -> pipe -> splice -> FIFO
+//! cri://, file:// process -> pipe -> writer thread -> file
+//! terminal        master <-> FIFO or writer thread
+//! ```
+//!
+//! A named FIFO is a file with a path and a label, an anonymous pipe is not: a
+//! process under an AppArmor profile or SELinux label might be denied the one
+//! where it never was the other, so there bytes take the second way.
+
+use oci::Stdio;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+use stdio::pump::Pump;
+use stdio::{Format, Log, Stream, Uri, Writer, fifo};
+use tokio::io::Interest;
+use tokio::net::UnixListener;
+use tokio::task::{JoinHandle, JoinSet};
+use types::{Error, Result, ResultExt};
+
+/// The URIs of a process's streams, as the request has them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Empty, or a FIFO.
+    pub stdin: String,
+    /// Anything that [`Uri`] knows.
+    pub stdout: String,
+    /// Anything that [`Uri`] knows; unused with a terminal.
+    pub stderr: String,
+    /// The process has a terminal.
+    pub terminal: bool,
+}
+
+/// What else decides how streams are made.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Habits {
+    /// A security module has a label or profile for the process.
+    pub labelled: bool,
+    /// Who is to own pipes and FIFOs (IoUid, IoGid); 0 leaves them ours.
+    pub owner: (u32, u32),
+}
+
+/// The one file-writing thread, started by the first stream that needs it and
+/// ended with the last.
+#[derive(Default)]
+pub struct SharedWriter {
+    current: Mutex<Weak<Writer>>,
+}
+
+impl SharedWriter {
+    fn get(&self) -> Result<Arc<Writer>> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(w) = current.upgrade() {
+            return Ok(w);
+        }
+        let w = Arc::new(Writer::start()?);
+        *current = Arc::downgrade(&w);
+        Ok(w)
+    }
+}
+
+/// A log, which must be dropped before its writer.
+struct OpenLog {
+    log: Log,
+    _writer: Arc<Writer>,
+}
+
+/// The shim's side of a process's streams. Dropped, it closes them.
+#[derive(Default)]
+pub struct Io {
+    stdin: Option<OwnedFd>,
+    holds: Vec<OwnedFd>,
+    pumps: JoinSet<u64>,
+    logs: Vec<OpenLog>,
+    master: Option<OwnedFd>,
+}
+
+impl Io {
+    /// Closes our end of the process's input: once whoever else writes has
+    /// closed it too, the process sees its end.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Sets the terminal's size in characters.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` without a terminal.
+    pub fn resize(&self, width: u32, height: u32) -> Result<()> {
+        let master = self.master.as_ref().ok_or_else(|| Error::precondition("the process has no terminal"))?;
+        let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        sys::pty::resize(master, clamp(width), clamp(height)).context(|| "resize the terminal".into())
+    }
+
+    /// Opens the log files anew.
+    pub fn reopen(&self) -> impl Future<Output = Result<()>> + Send + use<> {
+        let all: Vec<_> = self.logs.iter().map(|l| l.log.reopen()).collect();
+        async move {
+            let mut errors = Vec::new();
+            for one in all {
+                errors.extend(one.await.err());
+            }
+            Error::join("reopen the log", errors)
+        }
+    }
+
+    /// Waits until the log files have all that the process wrote.
+    pub fn logged(&self) -> impl Future<Output = ()> + Send + use<> {
+        let all: Vec<_> = self.logs.iter().map(|l| l.log.ended()).collect();
+        async move {
+            for one in all {
+                one.await;
+            }
+        }
+    }
+
+    /// Waits at most for `bound` until every copy has ended, then closes all.
+    pub async fn drain(mut self, bound: Duration) {
+        self.stdin = None;
+        let logged = self.logged();
+        let pumps = &mut self.pumps;
+        let all = async {
+            logged.await;
+            while pumps.join_next().await.is_some() {}
+        };
+        let _ = tokio::time::timeout(bound, all).await;
+    }
+}
+
+/// Streams that are open on our side, before the process exists.
+pub struct Prepared {
+    /// What the process inherits.
+    pub stdio: Stdio,
+    /// Where the runtime shall send the terminal.
+    pub console: Option<Console>,
+    io: Io,
+    /// What is joined to the terminal once it is there.
+    ends: Option<(Option<OwnedFd>, Target)>,
+}
+
+/// Where output goes.
+enum Target {
+    Null,
+    Fifo(OwnedFd),
+    File(PathBuf, Format),
+}
+
+/// A socket that receives one terminal.
+pub struct Console {
+    /// Its path, for the runtime.
+    pub path: PathBuf,
+    task: JoinHandle<Result<OwnedFd>>,
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        self.task.abort();
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Console {
+    /// Listens in `dir`, whose path has to be short: socket addresses are.
+    fn listen(dir: &Path) -> Result<Self> {
+        let path = dir.join(format!("pty-{}", &types::new_id()?[..12]));
+        let listener = UnixListener::bind(&path).context(|| format!("listen on {}", path.display()))?;
+        let task = tokio::spawn(async move {
+            let what = || "receive the terminal".to_string();
+            let (stream, _) = listener.accept().await.context(what)?;
+            loop {
+                stream.readable().await.context(what)?;
+                match stream.try_io(Interest::READABLE, || sys::pty::receive_master(&stream)) {
+                    Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                    other => return other.context(what),
+                }
+            }
+        });
+        Ok(Self { path, task })
+    }
+
+    async fn master(mut self) -> Result<OwnedFd> {
+        // The runtime has sent it before it ended.
+        match tokio::time::timeout(Duration::from_secs(5), &mut self.task).await {
+            Ok(Ok(master)) => master,
+            Ok(Err(e)) => Err(Error::internal("receive the terminal").because(e)),
+            Err(_) => Err(Error::deadline("the runtime has sent no terminal")),
+        }
+    }
+}
+
+fn own(fd: impl AsFd, habits: Habits) -> Result<()> {
+    let id = |n: u32| (n != 0).then_some(n);
+    let (uid, gid) = (id(habits.owner.0), id(habits.owner.1));
+    if uid.is_none() && gid.is_none() {
+        return Ok(());
+    }
+    rustix::fs::fchown(fd, uid.map(rustix::fs::Uid::from_raw), gid.map(rustix::fs::Gid::from_raw))
+        .context(|| format!("give a stream to {}:{}", habits.owner.0, habits.owner.1))
+}
+
+/// Opens everything that a process's streams need.
+///
+/// `sockets` is a short directory closed to others.
+///
+/// # Errors
+/// Naming the stream that can't be had.
+pub async fn prepare(wanted: &Wanted, habits: Habits, writer: &SharedWriter, sockets: &Path) -> Result<Prepared> {
+    let mut p = Prepared { stdio: Stdio::default(), console: None, io: Io::default(), ends: None };
+    let stdin = match Uri::parse(&wanted.stdin)? {
+        Uri::Null => None,
+        Uri::Fifo(path) => Some(fifo::open_in(&path)?),
+        Uri::Cri { .. } | Uri::File(_) => {
+            return Err(Error::invalid(format!("{:?} can't be a process's input: use a FIFO", wanted.stdin)));
+        }
+    };
+    if wanted.terminal {
+        let out = target(&wanted.stdout, habits, &mut p.io)?;
+        let input = stdin.map(|s| {
+            p.io.stdin = Some(s.hold);
+            s.read
+        });
+        p.ends = Some((input, out));
+        p.console = Some(Console::listen(sockets)?);
+        return Ok(p);
+    }
+    if let Some(s) = stdin {
+        own(&s.read, habits)?;
+        p.io.stdin = Some(s.hold);
+        p.stdio.stdin = Some(if habits.labelled {
+            let (read, write) = fifo::pipe()?;
+            own(&read, habits)?;
+            p.io.pumps.spawn(Pump::new(s.read, write)?.run());
+            read
+        } else {
+            s.read
+        });
+    }
+    outputs(wanted, habits, writer, &mut p).await?;
+    Ok(p)
+}
+
+/// Standard output and error of a process without a terminal.
+async fn outputs(wanted: &Wanted, habits: Habits, writer: &SharedWriter, p: &mut Prepared) -> Result<()> {
+    struct ToFile {
+        path: PathBuf,
+        format: Format,
+        sources: Vec<(Stream, OwnedFd)>,
+    }
+    let mut files: Vec<ToFile> = Vec::new();
+    for (uri, stream) in [(&wanted.stdout, Stream::Stdout), (&wanted.stderr, Stream::Stderr)] {
+        let end = match target(uri, habits, &mut p.io)? {
+            Target::Null => None,
+            Target::Fifo(write) if habits.labelled => {
+                let (read, ours) = fifo::pipe()?;
+                own(&ours, habits)?;
+                p.io.pumps.spawn(Pump::new(read, write)?.run());
+                Some(ours)
+            }
+            Target::Fifo(write) => Some(write),
+            Target::File(path, format) => {
+                let (read, write) = fifo::pipe()?;
+                own(&write, habits)?;
+                match files.iter_mut().find(|f| f.path == path) {
+                    // Both streams in one file: their lines must not mingle.
+                    Some(f) => f.sources.push((stream, read)),
+                    None => files.push(ToFile { path, format, sources: vec![(stream, read)] }),
+                }
+                Some(write)
+            }
+        };
+        match stream {
+            Stream::Stdout => p.stdio.stdout = end,
+            Stream::Stderr => p.stdio.stderr = end,
+        }
+    }
+    for ToFile { path, format, sources } in files {
+        let w = writer.get()?;
+        p.io.logs.push(OpenLog { log: w.open(path, format, sources).await?, _writer: w });
+    }
+    Ok(())
+}
+
+fn target(uri: &str, habits: Habits, io: &mut Io) -> Result<Target> {
+    Ok(match Uri::parse(uri)? {
+        Uri::Null => Target::Null,
+        Uri::Fifo(path) => {
+            let out = fifo::open_out(&path)?;
+            own(&out.write, habits)?;
+            io.holds.push(out.hold);
+            Target::Fifo(out.write)
+        }
+        Uri::Cri { path, limit } => Target::File(path, Format::Cri(limit)),
+        Uri::File(path) => Target::File(path, Format::Raw),
+    })
+}
+
+impl Prepared {
+    /// The process has been launched: joins its terminal, if it has one, and
+    /// hands over our side.
+    ///
+    /// # Errors
+    /// Where the terminal did not come, or its log can't be opened.
+    pub async fn attach(mut self, writer: &SharedWriter) -> Result<Io> {
+        let (Some(console), Some((input, output))) = (self.console.take(), self.ends.take()) else {
+            return Ok(self.io);
+        };
+        let master = console.master().await?;
+        let share = || master.try_clone().context(|| "share the terminal".into());
+        if let Some(input) = input {
+            self.io.pumps.spawn(Pump::new(input, share()?)?.run());
+        }
+        match output {
+            Target::Fifo(write) => {
+                self.io.pumps.spawn(Pump::new(share()?, write)?.run());
+            }
+            Target::File(path, format) => self.log_terminal(writer, path, format, share()?).await?,
+            // A terminal that nobody reads would stop its process.
+            Target::Null => self.log_terminal(writer, "/dev/null".into(), Format::Raw, share()?).await?,
+        }
+        self.io.master = Some(master);
+        Ok(self.io)
+    }
+
+    async fn log_terminal(&mut self, writer: &SharedWriter, path: PathBuf, format: Format, fd: OwnedFd) -> Result<()> {
+        let w = writer.get()?;
+        let log = w.open(path, format, vec![(Stream::Stdout, fd)]).await?;
+        self.io.logs.push(OpenLog { log, _writer: w });
+        Ok(())
+    }
+}
