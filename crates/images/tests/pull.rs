@@ -321,3 +321,32 @@ async fn pulls_and_removals_at_once_lose_no_layer_and_leave_none() {
     }
     node.assert_empty().await;
 }
+
+#[tokio::test]
+async fn https_needs_a_certificate_that_somebody_vouches_for() {
+    let registry = testkit::registry_tls();
+    let image = ImageBuilder::scratch().file("x", b"1", 0o644);
+    let layout = TempRoot::new();
+    image.oci_layout(layout.path(), "v1");
+    let pushed = std::process::Command::new("skopeo")
+        .args(["copy", "-q", "--dest-tls-verify=false", &format!("oci:{}:v1", layout.path().display())])
+        .arg(format!("docker://{}/a:v1", registry.host()))
+        .status()
+        .unwrap();
+    assert!(pushed.success());
+    let stranger = RegistryConfig { mirrors: vec![registry.url()], mirror_only: true, ..Default::default() };
+    let insecure = RegistryConfig { insecure_skip_verify: true, ..stranger.clone() };
+    let known = RegistryConfig { ca_file: Some(registry.ca_file()), ..stranger.clone() };
+    for (config, works) in [(stranger, false), (insecure, true), (known, true)] {
+        let node = Node::with(TempRoot::new(), |c| {
+            c.retries = 0;
+            c.registries.insert("*".into(), config);
+        })
+        .await;
+        let pulled = node.images.pull("q.io/a:v1", None).await;
+        match pulled {
+            Ok(id) => assert!(works && id == image.id()),
+            Err(e) => assert!(!works && e.kind() == ErrorKind::Unavailable, "{e}"),
+        }
+    }
+}

@@ -9,5 +9,5 @@ mod registry;
 mod root;
 
 pub use image::{Entry, ImageBuilder, Layer, LayerCompression, sha256};
-pub use registry::{Registry, registry};
+pub use registry::{Registry, registry, registry_tls};
 pub use root::TempRoot;

@@ -4,6 +4,7 @@ use crate::{ImageBuilder, TempRoot, sha256};
 use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -15,18 +16,34 @@ const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub struct Registry {
     child: Child,
     port: u16,
-    _root: TempRoot,
+    root: TempRoot,
+    tls: bool,
 }
 
 /// Starts an empty registry that speaks plain http on 127.0.0.1.
 pub fn registry() -> Registry {
+    start(false)
+}
+
+/// Starts an empty registry that speaks https, with a certificate that
+/// [`Registry::ca_file`] vouches for (made by openssl).
+pub fn registry_tls() -> Registry {
+    start(true)
+}
+
+fn start(tls: bool) -> Registry {
     let root = TempRoot::new();
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let config = root.join("registry.yml");
-    let text = format!(
-        "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n",
+    let (certificate, key) = (root.join("ca.pem"), root.join("key.pem"));
+    let mut text = format!(
+        "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp:\n  addr: '127.0.0.1:{port}'\n",
         root.join("data").display()
     );
+    if tls {
+        make_certificate(&certificate, &key);
+        text += &format!("  tls: {{certificate: {}, key: {}}}\n", certificate.display(), key.display());
+    }
     std::fs::write(&config, text).unwrap();
     let child = Command::new("docker-registry")
         .arg("serve")
@@ -36,13 +53,28 @@ pub fn registry() -> Registry {
         .stderr(Stdio::null())
         .spawn()
         .expect("start docker-registry (Debian package docker-registry)");
-    let registry = Registry { child, port, _root: root };
+    let registry = Registry { child, port, root, tls };
     let deadline = Instant::now() + Duration::from_secs(20);
     while TcpStream::connect(("127.0.0.1", port)).is_err() {
         assert!(Instant::now() < deadline, "docker-registry does not listen on port {port}");
         std::thread::sleep(Duration::from_millis(20));
     }
     registry
+}
+
+fn make_certificate(certificate: &Path, key: &Path) {
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+        .args(["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"])
+        // One that is its own authority but says that it is none, as rustls wants it.
+        .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout"])
+        .arg(key)
+        .arg("-out")
+        .arg(certificate)
+        .stderr(Stdio::null())
+        .status()
+        .expect("make a certificate (Debian package openssl)");
+    assert!(made.success(), "openssl made no certificate");
 }
 
 impl Drop for Registry {
@@ -58,12 +90,18 @@ impl Registry {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// `http://127.0.0.1:PORT`, as it stands in a configuration.
+    /// `http://127.0.0.1:PORT` (or https), as it stands in a configuration.
     pub fn url(&self) -> String {
-        format!("http://{}", self.host())
+        format!("{}://{}", if self.tls { "https" } else { "http" }, self.host())
     }
 
-    /// Pushes `image` as `repository:tag` and returns the digest of its manifest.
+    /// The certificate authority of a registry with TLS.
+    pub fn ca_file(&self) -> PathBuf {
+        self.root.join("ca.pem")
+    }
+
+    /// Pushes `image` as `repository:tag` over plain http and returns the digest
+    /// of its manifest.
     pub fn push(&self, repository: &str, tag: &str, image: &ImageBuilder) -> String {
         for blob in image.layer_blobs().into_iter().chain([image.config_json()]) {
             self.push_blob(repository, &blob);

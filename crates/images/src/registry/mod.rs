@@ -24,6 +24,7 @@ use auth::Challenge;
 use http::{Asked, Clients, Trust};
 use reqwest::{Response, StatusCode, Url};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -32,6 +33,9 @@ use types::{Error, ErrorKind, Result, ResultExt};
 /// Pauses between attempts begin here and double.
 const BACKOFF: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// How often one that never answered is asked again: a wrong name or port should
+/// be told soon, and a kubelet tries again by itself.
+const STRANGER_RETRIES: u32 = 2;
 
 /// One place that has the repository.
 #[derive(Debug)]
@@ -40,6 +44,8 @@ struct Endpoint {
     /// The registry itself, the only one that gets the caller's secret.
     origin: bool,
     trust: Trust,
+    /// It has answered once: what breaks later is worth patience.
+    answered: AtomicBool,
 }
 
 /// All that one pull knows of its registry.
@@ -81,6 +87,7 @@ impl Session {
         let known = self.tokens.lock().unwrap_or_else(PoisonError::into_inner).get(&index).cloned();
         let mut asked = Asked { url, accept, from, authorization: known };
         let first = self.send(&asked, &endpoint.trust).await?;
+        endpoint.answered.store(true, Ordering::Relaxed);
         if first.response.status() != StatusCode::UNAUTHORIZED || !first.at_home {
             return http::check(first.response).await;
         }
@@ -156,12 +163,22 @@ fn endpoints(registry: &str, config: &RegistryConfig) -> Result<Vec<Endpoint>> {
         }
     };
     for mirror in &config.mirrors {
-        all.push(Endpoint { base: base(mirror)?, origin: false, trust: trust.clone() });
+        all.push(Endpoint {
+            base: base(mirror)?,
+            origin: false,
+            trust: trust.clone(),
+            answered: AtomicBool::default(),
+        });
     }
     if !config.mirror_only || all.is_empty() {
         let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
         let scheme = if config.plain_http || is_loopback(registry) { "http" } else { "https" };
-        all.push(Endpoint { base: base(&format!("{scheme}://{host}"))?, origin: true, trust });
+        all.push(Endpoint {
+            base: base(&format!("{scheme}://{host}"))?,
+            origin: true,
+            trust,
+            answered: AtomicBool::default(),
+        });
     }
     Ok(all)
 }
@@ -187,7 +204,11 @@ impl<'a> Attempts<'a> {
         if progress {
             self.failures = 0;
         }
-        let bound = if last { self.session.retries } else { self.session.retries.min(1) };
+        let bound = match (last, all[self.endpoint].answered.load(Ordering::Relaxed)) {
+            (true, true) => self.session.retries,
+            (true, false) => self.session.retries.min(STRANGER_RETRIES),
+            (false, _) => self.session.retries.min(1),
+        };
         if error.kind() == ErrorKind::Unavailable && self.failures < bound {
             let pause = BACKOFF.saturating_mul(1 << self.failures.min(8)).min(BACKOFF_MAX);
             self.failures += 1;
