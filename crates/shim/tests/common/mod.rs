@@ -30,7 +30,7 @@ pub fn sh(script: &str) -> Vec<String> {
     ["/bin/sh", "-c", script].map(String::from).to_vec()
 }
 
-fn busybox_root(root: &Path) {
+pub fn busybox_root(root: &Path) {
     for d in ["bin", "proc", "dev", "sys", "tmp", "etc"] {
         std::fs::create_dir_all(root.join(d)).unwrap();
     }
