@@ -44,6 +44,7 @@ finish() {
     [[ -n $daemon ]] && timeout 20 "$bin/longshore" rm -f demo >/dev/null 2>&1
   fi
   stop_daemon
+  mountpoint -q "$work/state/ns" && umount "$work/state/ns"
   find /sys/fs/cgroup -depth -type d -path "*/$group*" -exec rmdir {} + 2>/dev/null || true
   rm -rf --one-file-system "$work"
   exit "$code"
@@ -57,9 +58,8 @@ cat >"$work/config.toml" <<CONFIG
 [runtime]
 shim_cgroup = "/$group/shims"
 CONFIG
-netns_before=$(ls /run/netns 2>/dev/null || true)
 usual_before=$(ls -d /var/lib/longshore /run/longshore 2>/dev/null || true)
-longshore serve --config "$work/config.toml" --root "$work/root" --state "$work/state" >"$work/log" 2>&1 &
+"$bin/longshore" serve --config "$work/config.toml" --root "$work/root" --state "$work/state" >"$work/log" 2>&1 &
 daemon=$!
 for _ in $(seq 200); do
   longshore version >/dev/null 2>&1 && break
@@ -101,6 +101,8 @@ must_say "serving on localhost:8080" logs web
 must_say "RunPodSandbox" timeline demo
 
 step "everything is stopped"
+netns=$(longshore inspect demo | grep -o '/run/netns/[^"]*' | head -n 1)
+[[ -e $netns ]] || die "the pod's network namespace is not where inspect says"
 run stop -t 5 demo
 run rm demo
 run rmi "$image"
@@ -109,15 +111,25 @@ stop_daemon
 
 step "nothing is left"
 left=()
-processes=$(grep -lsaF -- "$work" /proc/[0-9]*/cmdline | grep -v "^/proc/$$/" || true)
-[[ -z $processes ]] || left+=("processes: $processes")
-members=$(grep -lsF -- "/$group" /proc/[0-9]*/cgroup || true)
-[[ -z $members ]] || left+=("processes in our cgroups: $members")
+# A shim that was told to go may need a moment more.
+processes() {
+  # The pattern comes by a pipe, or grep would find itself.
+  grep -lsaF -f <(printf '%s\n' "$work") /proc/[0-9]*/cmdline || true
+  grep -lsF -- "/$group" /proc/[0-9]*/cgroup || true
+}
+for _ in $(seq 40); do
+  [[ -n $(processes) ]] || break
+  sleep 0.05
+done
+for file in $(processes); do
+  left+=("process $(tr '\0' ' ' <"${file%/*}/cmdline")")
+done
+# What is the daemon's and not a pod's outlives it, for the next start: the place
+# where namespaces are pinned, and the shims' cgroup. Both are taken down here.
+mountpoint -q "$work/state/ns" && umount "$work/state/ns"
 mounts=$(grep -F -- "$work" /proc/self/mountinfo || true)
 [[ -z $mounts ]] || left+=("mounts: $mounts")
-netns=$(comm -13 <(sort <<<"$netns_before") <(ls /run/netns 2>/dev/null | sort))
-[[ -z $(grep -i longshore <<<"$netns" || true) ]] || left+=("network namespaces: $netns")
-# The shims' own cgroup is the daemon's and outlives it; it is taken down here.
+[[ ! -e $netns ]] || left+=("network namespace $netns")
 cgroups=$(find /sys/fs/cgroup -type d -path "*/$group/*" ! -path "*/$group/shims" 2>/dev/null || true)
 [[ -z $cgroups ]] || left+=("cgroups: $cgroups")
 find /sys/fs/cgroup -depth -type d -path "*/$group*" -exec rmdir {} + 2>/dev/null || true
