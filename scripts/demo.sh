@@ -115,7 +115,10 @@ left=()
 processes() {
   # The pattern comes by a pipe, or grep would find itself.
   grep -lsaF -f <(printf '%s\n' "$work") /proc/[0-9]*/cmdline || true
-  grep -lsF -- "/$group" /proc/[0-9]*/cgroup || true
+  # A zombie is its parent's to reap.
+  grep -lsF -- "/$group" /proc/[0-9]*/cgroup | while read -r file; do
+    grep -qs '^State:.Z' "${file%/*}/status" || echo "$file"
+  done
 }
 for _ in $(seq 40); do
   [[ -n $(processes) ]] || break

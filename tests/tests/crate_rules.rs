@@ -86,7 +86,7 @@ fn violations(packages: &BTreeMap<String, Vec<String>>, rules: &[Rule]) -> Vec<S
         for dependency in dependencies {
             let ours = packages.contains_key(dependency) && !rule.but.contains(&dependency.as_str());
             let never = |n: &&str| *n == dependency || (*n == OURS && ours);
-            if rule.never.iter().any(|n| never(n)) {
+            if rule.never.iter().any(never) {
                 found.push(format!("{package} never depends on {dependency}"));
             }
             found.extend(everywhere(package, dependency));

@@ -190,22 +190,17 @@ async fn attended(
     signals: &mut Signals,
 ) -> Result<ContainerStatus, Failure> {
     let log = wait::status(client, id).await.map_err(Failure::Start)?.log_path;
+    start(client, name, id).await?;
+    // Read from its beginning, but only now: a runtime that fails to start the
+    // process says so in the log too, and the error tells it already.
     let follower = Follower::open(Path::new(&log), Start::Beginning).map_err(Failure::Start)?;
+    if args.interactive {
+        let fifo = stdin::fifo(client, id).await.map_err(Failure::Start)?;
+        stdin::copy(client.clone(), id.to_string(), fifo);
+    }
     let (ended, end) = oneshot::channel::<()>();
     let follow = follower.follow(async move { drop(end.await) }, logs::sink(Printer::new(false), false));
     let follow = tokio::spawn(follow);
-    let started = async {
-        start(client, name, id).await?;
-        if args.interactive {
-            let fifo = stdin::fifo(client, id).await.map_err(Failure::Start)?;
-            stdin::copy(client.clone(), id.to_string(), fifo);
-        }
-        Ok(())
-    };
-    if let Err(failure) = started.await {
-        follow.abort();
-        return Err(failure);
-    }
     supervise(client, args, name, id, signals, (follow, ended)).await.map_err(Failure::Later)
 }
 
