@@ -1,5 +1,7 @@
 //! ExecSync as behaviours.md section 1 has it, with our shim and with containerd's.
 
+#![allow(clippy::unwrap_used, reason = "a failure has to stop the test")]
+
 mod common;
 
 use common::{Kind, Node, eventually};

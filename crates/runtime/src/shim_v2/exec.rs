@@ -15,7 +15,7 @@ use super::Inner;
 use super::bundle::{self, blocking};
 use super::holders::{self, Node};
 use super::pod::Pod;
-use super::rpc::Fault;
+use super::rpc::{Fault, call};
 use super::shim::Shim;
 use super::task::{PROCESS_URL, kill};
 use crate::api::{ExecOutput, ExecSyncSpec};
@@ -29,12 +29,14 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 use stdio::Capped;
-use tokio::sync::oneshot;
+use tokio::sync::{SemaphorePermit, oneshot};
 use tokio::time::Instant;
 use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
 
 /// How much of a random id names an exec: FIFO paths and the shim's lines stay short.
 const ID_LENGTH: usize = 16;
+/// What a call gets at least; zero would mean that it has no bound.
+const LEAST: Duration = Duration::from_millis(1);
 
 /// One command, from its FIFOs to its Delete.
 struct Exec {
@@ -48,10 +50,13 @@ struct Exec {
 
 /// Why the command is not waited for any longer.
 enum Turn {
-    Exited(std::result::Result<wire::WaitResponse, Fault>),
+    Exited(Ended),
     Late(Duration),
     CallerGone,
 }
+
+/// The answer of Wait.
+type Ended = std::result::Result<wire::WaitResponse, Fault>;
 
 struct Readers {
     out: OwnedFd,
@@ -118,6 +123,24 @@ async fn alongside<T>(
     }
 }
 
+/// Waits for the first of the ways in which a command's run can end.
+async fn ends(
+    early: Option<Ended>,
+    wait: &mut Pin<&mut impl Future<Output = Ended>>,
+    timeout: Option<Duration>,
+    caller: &mut oneshot::Receiver<()>,
+) -> Turn {
+    if let Some(ended) = early {
+        return Turn::Exited(ended);
+    }
+    tokio::select! {
+        biased;
+        ended = wait.as_mut() => Turn::Exited(ended),
+        () = at(timeout.map(|t| Instant::now() + t)) => Turn::Late(timeout.unwrap_or_default()),
+        _ = caller => Turn::CallerGone,
+    }
+}
+
 async fn at(deadline: Option<Instant>) {
     match deadline {
         Some(t) => tokio::time::sleep_until(t).await,
@@ -131,71 +154,15 @@ impl Exec {
     }
 
     async fn run(&self, spec: ExecSyncSpec, readers: Readers, mut caller: oneshot::Receiver<()>) -> Result<ExecOutput> {
-        let bound = self.inner.cfg.timeouts.create;
         let begun = Instant::now();
-        let request = wire::ExecProcessRequest {
-            id: self.container.clone(),
-            exec_id: self.id.clone(),
-            terminal: false,
-            stdin: String::new(),
-            stdout: self.dir.join("out").to_string_lossy().into_owned(),
-            stderr: self.dir.join("err").to_string_lossy().into_owned(),
-            spec: Some(prost_types::Any { type_url: PROCESS_URL.into(), value: spec.process_json.into_bytes() }),
-        };
-        match self.shim.task().exec(bound, request).await.map_err(Fault::from) {
-            Ok(()) => {}
-            Err(Fault::Late) => {
-                self.delete().await;
-                return Err(Fault::Late.within(&self.what("make"), bound));
-            }
-            Err(e) => return Err(e.within(&self.what("make"), bound)),
-        }
-        // Queueing counts: what is left of the bound is the start's.
-        let permit = tokio::select! {
-            permit = self.pod.runtime_calls.acquire() => permit.ok(),
-            () = at(Some(begun + bound)) => None,
-            _ = &mut caller => {
-                self.delete().await;
-                return Err(Error::new(ErrorKind::Cancelled, self.what("the caller has gone before the start of")));
-            }
-        };
-        if permit.is_none() {
-            self.delete().await;
-            return Err(Error::deadline(format!("{}: other execs took longer than {bound:?}", self.what("start"))));
-        }
-
+        self.make(spec.process_json).await?;
+        let permit = self.queue(begun, &mut caller).await?;
         let mut wait = pin!(async {
             let request = wire::WaitRequest { id: self.container.clone(), exec_id: self.id.clone() };
-            self.shim.task().wait(Duration::ZERO, request).await.map_err(Fault::from)
+            call(Duration::ZERO, self.shim.task().wait(Duration::ZERO, request)).await
         });
-        let mut early = None;
-        let left = bound.saturating_sub(begun.elapsed()).max(Duration::from_millis(1));
-        let started = {
-            let mut start = pin!(async {
-                let request = wire::StartRequest { id: self.container.clone(), exec_id: self.id.clone() };
-                self.shim.task().start(left, request).await.map_err(Fault::from)
-            });
-            loop {
-                tokio::select! {
-                    biased;
-                    // Polled first: it goes out first.
-                    ended = &mut wait, if early.is_none() => early = Some(ended),
-                    started = &mut start => break started,
-                }
-            }
-        };
+        let (pid, early) = self.start(begun, &mut wait).await?;
         drop(permit);
-        let pid = match started {
-            Ok(answer) => answer.pid,
-            Err(Fault::Late) => {
-                self.kill_and_delete().await;
-                return Err(Fault::Late.within(&self.what("start"), left));
-            }
-            Err(e) => {
-                self.delete().await;
-                return Err(e.within(&self.what("start"), left));
-            }
-        };
         let Readers { out, err, mut nodes } = readers;
         // A foreign shim puts pipes between the process and our FIFOs.
         if !self.shim.own() {
@@ -208,25 +175,14 @@ impl Exec {
                 let both = tokio::join!(stdio::collect(out, &mut stdout), stdio::collect(err, &mut stderr));
                 both.0.and(both.1)
             });
-            let deadline = spec.timeout.map(|t| Instant::now() + t);
-            let ends = async {
-                if let Some(ended) = early {
-                    return Turn::Exited(ended);
-                }
-                tokio::select! {
-                    biased;
-                    ended = &mut wait => Turn::Exited(ended),
-                    () = at(deadline) => Turn::Late(spec.timeout.unwrap_or_default()),
-                    _ = &mut caller => Turn::CallerGone,
-                }
-            };
-            let turn = alongside(&mut io, ends, &mut drained).await;
+            let ends = ends(early, &mut wait, spec.timeout, &mut caller);
+            let mut turn = alongside(&mut io, ends, &mut drained).await;
             if drained.is_none() && matches!(turn, Turn::Exited(Ok(_))) {
                 tokio::select! {
                     biased;
                     done = io.as_mut() => drained = Some(done),
                     () = at(spec.drain_timeout.map(|t| Instant::now() + t)) => {}
-                    _ = &mut caller => {}
+                    _ = &mut caller => turn = Turn::CallerGone,
                 }
             }
             turn
@@ -245,10 +201,9 @@ impl Exec {
                 self.delete().await;
                 output
             }
+            Turn::Exited(Err(Fault::Closed)) => Err(Fault::Closed.within(&self.what("wait for"), Duration::ZERO)),
             Turn::Exited(Err(e)) => {
-                if !matches!(e, Fault::Closed) {
-                    self.kill_and_delete().await;
-                }
+                self.kill_and_delete().await;
                 Err(e.within(&self.what("wait for"), Duration::ZERO))
             }
             Turn::Late(t) => {
@@ -258,7 +213,86 @@ impl Exec {
             }
             Turn::CallerGone => {
                 self.kill_and_delete().await;
-                Err(Error::new(ErrorKind::Cancelled, self.what("the caller has gone during")))
+                Err(self.caller_gone())
+            }
+        }
+    }
+
+    fn caller_gone(&self) -> Error {
+        Error::new(ErrorKind::Cancelled, format!("{}: the caller has gone", self.what("run")))
+    }
+
+    /// Tells the shim of the command.
+    async fn make(&self, process_json: String) -> Result<()> {
+        let bound = self.inner.cfg.timeouts.create;
+        let request = wire::ExecProcessRequest {
+            id: self.container.clone(),
+            exec_id: self.id.clone(),
+            terminal: false,
+            stdin: String::new(),
+            stdout: self.dir.join("out").to_string_lossy().into_owned(),
+            stderr: self.dir.join("err").to_string_lossy().into_owned(),
+            spec: Some(prost_types::Any { type_url: PROCESS_URL.into(), value: process_json.into_bytes() }),
+        };
+        match call(bound, self.shim.task().exec(bound, request)).await {
+            Ok(()) => Ok(()),
+            Err(e) => {
+                if matches!(e, Fault::Late) {
+                    self.delete().await;
+                }
+                Err(e.within(&self.what("make"), bound))
+            }
+        }
+    }
+
+    /// Waits for its turn to call the OCI runtime.
+    async fn queue(&self, begun: Instant, caller: &mut oneshot::Receiver<()>) -> Result<SemaphorePermit<'_>> {
+        let bound = self.inner.cfg.timeouts.create;
+        let e = tokio::select! {
+            permit = self.pod.runtime_calls.acquire() => match permit {
+                Ok(permit) => return Ok(permit),
+                Err(e) => Error::internal(self.what("queue")).because(e),
+            },
+            () = at(Some(begun + bound)) => {
+                Error::deadline(format!("{}: other execs took longer than {bound:?}", self.what("start")))
+            }
+            _ = caller => self.caller_gone(),
+        };
+        self.delete().await;
+        Err(e)
+    }
+
+    /// Starts it, its Wait first. Returns its pid, and its end where that has
+    /// come already.
+    async fn start(
+        &self,
+        begun: Instant,
+        wait: &mut Pin<&mut impl Future<Output = Ended>>,
+    ) -> Result<(u32, Option<Ended>)> {
+        // Queueing counts: what is left of the bound is the start's.
+        let left = self.inner.cfg.timeouts.create.saturating_sub(begun.elapsed()).max(LEAST);
+        let mut early = None;
+        let mut start = pin!(async {
+            let request = wire::StartRequest { id: self.container.clone(), exec_id: self.id.clone() };
+            call(left, self.shim.task().start(left, request)).await
+        });
+        let started = loop {
+            tokio::select! {
+                biased;
+                // Polled first: it goes out first.
+                ended = wait.as_mut(), if early.is_none() => early = Some(ended),
+                started = &mut start => break started,
+            }
+        };
+        match started {
+            Ok(answer) => Ok((answer.pid, early)),
+            Err(e) => {
+                if matches!(e, Fault::Late) {
+                    self.kill_and_delete().await;
+                } else {
+                    self.delete().await;
+                }
+                Err(e.within(&self.what("start"), left))
             }
         }
     }
@@ -301,7 +335,7 @@ impl Exec {
     async fn delete(&self) {
         let bound = self.inner.cfg.timeouts.cleanup;
         let request = wire::DeleteRequest { id: self.container.clone(), exec_id: self.id.clone() };
-        match self.shim.task().delete(bound, request).await.map_err(Fault::from) {
+        match call(bound, self.shim.task().delete(bound, request)).await {
             Ok(_) | Err(Fault::Closed) => {}
             Err(e) if e.is_not_found() => {}
             Err(e) => {
@@ -323,7 +357,7 @@ impl Inner {
         let bound = self.cfg.timeouts.cleanup;
         let killed = kill(shim, container, exec, Signal::KILL, false, bound).await;
         let request = wire::WaitRequest { id: container.to_string(), exec_id: exec.to_string() };
-        let ended = shim.task().wait(bound, request).await.map(|_| ()).map_err(Fault::from);
+        let ended = call(bound, shim.task().wait(bound, request)).await.map(|_| ());
         match ended.or(killed) {
             Ok(()) | Err(Fault::Closed) => {}
             Err(e) if e.is_not_found() => {}

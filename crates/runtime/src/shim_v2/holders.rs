@@ -143,7 +143,8 @@ mod tests {
 
     #[test]
     fn a_writer_is_named_with_its_command() {
-        let mut child = Command::new("/bin/sleep").arg("61").stdout(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            Command::new("/bin/sleep").arg("61").stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let nodes = outputs(child.id());
         let named = writers(&nodes, &[std::process::id()]);
         let ours = read_ends(std::process::id());

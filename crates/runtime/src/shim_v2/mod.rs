@@ -6,7 +6,7 @@
 //!                         │                      │             ▲                      │   │
 //!                         │                      │             └──── Burying ◄── died ┘   │ stop
 //!                         │                      │                    Gone ◄── Stopping ◄─┘
-//!   caller ─► detached() ─┴─► pod.rs task.rs exec.rs recover.rs ─► Shim (ttrpc) ─► process
+//!   caller ─► detached() ─┴─► start create task exec stop recover ─► Shim (ttrpc) ─► process
 //!                                  ▲
 //!   Wait, outstanding per task ────┘──► RuntimeEvent::Exited
 //!   pidfd of the shim ───► bury ──────► Exited for each, ShimGone
@@ -19,8 +19,10 @@
 
 mod bootstrap;
 mod bundle;
+mod bury;
 mod cgroup;
 mod config;
+mod create;
 mod events;
 mod exec;
 mod foreign;
@@ -31,6 +33,8 @@ mod pod;
 mod recover;
 mod rpc;
 mod shim;
+mod start;
+mod stop;
 mod task;
 
 pub use config::{ShimConfig, Timeouts};

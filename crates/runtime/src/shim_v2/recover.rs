@@ -94,6 +94,28 @@ impl Inner {
         Ok(RecoveredPod { id, process, containers })
     }
 
+    /// Takes over what an earlier daemon made: each task whose bundle lies there
+    /// is watched from now on, its log goes on, and execs that nobody waits for
+    /// any more are killed.
+    pub(super) async fn adopt(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>) {
+        for id in bundle::list(&self.layout.tasks(&pod.id)) {
+            if pod.task(&id).is_some() {
+                continue;
+            }
+            let task = Arc::new(Task::new(&id));
+            if !shim.can("cri-log") {
+                match self.logs.resume(&self.layout.task(&pod.id, &id)).await {
+                    Ok(logger) => task.set_logger(logger),
+                    Err(e) => tracing::warn!(container = id, error = %e, "its log does not go on"),
+                }
+            }
+            pod.update(|s| s.tasks.insert(id.clone(), task.clone()));
+            self.watch_task(pod, shim, &task);
+            let (inner, pod, shim) = (self.clone(), pod.clone(), shim.clone());
+            tokio::spawn(async move { inner.end_old_execs(&pod, &shim, &id).await });
+        }
+    }
+
     /// A container of a shim that lives.
     async fn recover_task(
         self: &Arc<Self>,
@@ -115,22 +137,6 @@ impl Inner {
             Err(e) if e.is_not_found() => return Ok(self.recover_dead(pod, id, wanted).await),
             Err(e) => return Err(e),
         };
-        let task = Arc::new(Task::new(id));
-        if !shim.can("cri-log") {
-            let resumed = self.logs.resume(&self.layout.task(&pod.id, id)).await;
-            match resumed {
-                Ok(logger) => task.set_logger(logger),
-                Err(e) => tracing::warn!(container = id, error = %e, "its log does not go on"),
-            }
-        }
-        let fresh = pod.update(|s| s.tasks.insert(id.to_string(), task.clone()).is_none());
-        if fresh {
-            // An end that comes from now on is told as an event; one that is
-            // known already is in the answer, and told as well.
-            self.watch_task(pod, shim, &task);
-        }
-        let (inner, pod, shim, container) = (self.clone(), pod.clone(), shim.clone(), id.to_string());
-        tokio::spawn(async move { inner.end_old_execs(&pod, &shim, &container).await });
         Ok(Some(state))
     }
 
@@ -147,9 +153,9 @@ impl Inner {
             }
             return None;
         }
-        let task = Arc::new(Task::new(id));
-        task.bury(certificate.clone());
-        pod.update(|s| s.tasks.insert(id.to_string(), task));
-        Some(TaskState::Stopped(certificate))
+        pod.update(|s| {
+            let task = s.tasks.entry(id.to_string()).or_insert_with(|| Arc::new(Task::new(id)));
+            Some(TaskState::Stopped(task.bury(certificate)))
+        })
     }
 }

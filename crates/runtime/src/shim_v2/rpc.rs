@@ -1,6 +1,6 @@
 //! From ttrpc's faults to errors that name the shim and the call.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use types::{Error, ErrorKind};
 
 /// What a call to a shim can meet.
@@ -32,6 +32,16 @@ impl Fault {
     /// True where the named object is not there.
     pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, Self::Status(ErrorKind::NotFound, _))
+    }
+}
+
+/// Awaits a call that was given `bound` (zero is none). The client says in words
+/// only that the bound has passed, so it is told by the clock.
+pub(crate) async fn call<T>(bound: Duration, work: impl Future<Output = ttrpc::Result<T>>) -> Result<T, Fault> {
+    let begun = Instant::now();
+    match work.await.map_err(Fault::from) {
+        Err(Fault::Wire(_)) if !bound.is_zero() && begun.elapsed() >= bound => Err(Fault::Late),
+        other => other,
     }
 }
 
@@ -73,6 +83,18 @@ fn kind(code: ttrpc::Code) -> ErrorKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_bound_that_has_passed_is_told_by_the_clock() {
+        let bound = Duration::from_millis(5);
+        let late = async {
+            tokio::time::sleep(bound * 2).await;
+            Err::<(), _>(ttrpc::Error::Others("whatever".into()))
+        };
+        assert!(matches!(call(bound, late).await, Err(Fault::Late)));
+        let early = async { Err::<(), _>(ttrpc::Error::Others("too long".into())) };
+        assert!(matches!(call(Duration::from_secs(9), early).await, Err(Fault::Wire(_))));
+    }
 
     #[test]
     fn a_closed_connection_is_told_from_an_answer() {

@@ -1,7 +1,7 @@
 //! A shim that runs: its connection, its process, what it can.
 
 use super::bootstrap::Bootstrap;
-use super::rpc::Fault;
+use super::rpc::{Fault, call};
 use proto::containerd::task::v3::{ConnectRequest, TaskClient};
 use proto::longshore_shim::{FeaturesRequest, LongshoreClient};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -31,11 +31,11 @@ impl Shim {
         let task = TaskClient::new(client.clone(), bootstrap.task_service());
         let own = LongshoreClient::new(client.clone(), LongshoreClient::SERVICE);
         let (connected, features) = tokio::join!(
-            task.connect(bound, ConnectRequest { id: pod.to_string() }),
-            own.features(bound, FeaturesRequest {})
+            call(bound, task.connect(bound, ConnectRequest { id: pod.to_string() })),
+            call(bound, own.features(bound, FeaturesRequest {}))
         );
-        let pid = connected.map_err(|e| Fault::from(e).within(&what(), bound))?.shim_pid;
-        let features = match features.map_err(Fault::from) {
+        let pid = connected.map_err(|e| e.within(&what(), bound))?.shim_pid;
+        let features = match features {
             Ok(f) => f.features,
             Err(Fault::Status(..)) => Vec::new(),
             Err(e) => return Err(e.within(&what(), bound)),

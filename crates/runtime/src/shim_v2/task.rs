@@ -1,17 +1,14 @@
-//! A container's task: made, started, killed, awaited, deleted.
+//! A container's task: started, awaited, killed, asked, deleted.
 
 use super::Inner;
 use super::bundle::{self, blocking};
-use super::foreign::{Logger, fifos};
-use super::pod::{Phase, Pod};
-use super::rpc::Fault;
+use super::foreign::Logger;
+use super::pod::Pod;
+use super::rpc::{Fault, call};
 use super::shim::Shim;
-use crate::api::{PodSpec, RootfsMount, RuntimeEvent, TaskIo, TaskSpec, TaskState};
-use proto::containerd::runc::v1::Options;
+use crate::api::{RuntimeEvent, TaskState};
 use proto::containerd::task::v3 as wire;
-use proto::containerd::types::Mount;
 use proto::containerd::v1::types::Status;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -20,7 +17,6 @@ use types::{Certificate, Error, ErrorKind, ExitStatus, Result, Signal};
 /// How containerd names an OCI process in JSON on the wire.
 pub(crate) const PROCESS_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 const RESOURCES_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
-const OPTIONS_URL: &str = "containerd.runc.v1.Options";
 /// Between two attempts to wait where the shim answers with an odd error.
 const WAIT_AGAIN: Duration = Duration::from_secs(1);
 
@@ -49,6 +45,10 @@ impl Task {
         self.made.load(Ordering::SeqCst)
     }
 
+    pub(crate) fn set_made(&self) {
+        self.made.store(true, Ordering::SeqCst);
+    }
+
     pub(crate) fn exit(&self) -> Option<&Certificate> {
         self.exit.get()
     }
@@ -61,19 +61,20 @@ impl Task {
         *self.logger() = logger;
     }
 
-    /// Records an end that its caller tells itself.
-    pub(crate) fn bury(&self, certificate: Certificate) {
-        self.made.store(true, Ordering::SeqCst);
-        let _ = self.exit.set(certificate);
+    /// Records an end that its caller tells itself; one that was recorded before
+    /// stands.
+    pub(crate) fn bury(&self, certificate: Certificate) -> Certificate {
+        self.set_made();
+        self.exit.get_or_init(|| certificate).clone()
     }
 
-    /// Adds what only this side knows.
+    /// Adds what only this side knows: a shim can tell that a signal came through
+    /// it, but not why.
     fn complete(&self, mut certificate: Certificate) -> Certificate {
         if self.oom.load(Ordering::SeqCst) {
             certificate.oom_killed = true;
         }
-        if certificate.killed_by.is_none()
-            && let ExitStatus::Signal(n) = certificate.status
+        if let ExitStatus::Signal(n) = certificate.status
             && let Some((signal, why)) = &*self.killed.lock().unwrap_or_else(PoisonError::into_inner)
             && signal.number() == n
         {
@@ -89,199 +90,33 @@ pub(crate) fn time(t: &prost_types::Timestamp) -> Option<SystemTime> {
     SystemTime::try_from(*t).ok().filter(|t| *t > SystemTime::UNIX_EPOCH)
 }
 
-/// The private URI of our own shim: it writes the CRI log itself.
-fn log_uri(path: &Path, limit: u32) -> String {
-    use std::fmt::Write;
-    use std::os::unix::ffi::OsStrExt;
-    let mut uri = String::from("cri://");
-    for &b in path.as_os_str().as_bytes() {
-        if b.is_ascii_alphanumeric() || b"/-._~".contains(&b) {
-            uri.push(char::from(b));
-        } else {
-            let _ = write!(uri, "%{b:02X}");
-        }
-    }
-    let _ = write!(uri, "?limit={limit}");
-    uri
-}
-
-/// The host's uid and gid of a user-namespaced container's root: who owns its pipes.
-fn mapped_root(config_json: &str) -> Option<(u32, u32)> {
-    let config: serde_json::Value = serde_json::from_str(config_json).ok()?;
-    let of = |key: &str| {
-        let maps = config.get("linux")?.get(key)?.as_array()?;
-        let root = maps.iter().find(|m| m.get("containerID").and_then(serde_json::Value::as_u64) == Some(0))?;
-        u32::try_from(root.get("hostID")?.as_u64()?).ok()
-    };
-    Some((of("uidMappings")?, of("gidMappings")?))
-}
-
-fn mounts(rootfs: &[RootfsMount]) -> Vec<Mount> {
-    let one = |m: &RootfsMount| Mount {
-        r#type: m.kind.clone(),
-        source: m.source.clone(),
-        target: String::new(),
-        options: m.options.clone(),
-    };
-    rootfs.iter().map(one).collect()
-}
-
-struct Streams {
-    stdin: String,
-    stdout: String,
-    stderr: String,
-    logger: Option<Logger>,
-}
-
 impl Inner {
-    /// Where the task's streams go: a URI for a shim that writes CRI logs, FIFOs
-    /// that we log from for any other.
-    async fn streams(&self, shim: &Shim, dir: &Path, io: &TaskIo) -> Result<Streams> {
-        let stdin = io.stdin.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
-        let mut streams = Streams { stdin, stdout: String::new(), stderr: String::new(), logger: None };
-        let Some(log) = &io.log_path else { return Ok(streams) };
-        let err = if shim.can("cri-log") {
-            streams.stdout = log_uri(log, io.log_limit);
-            streams.stdout.clone()
-        } else {
-            streams.logger = self.logs.start(dir, io).await?;
-            let (out, err) = fifos(dir);
-            streams.stdout = out.to_string_lossy().into_owned();
-            err.to_string_lossy().into_owned()
-        };
-        if !io.terminal {
-            streams.stderr = err;
-        }
-        Ok(streams)
-    }
-
-    fn options(&self, config_json: &str, user_namespaced: bool) -> prost_types::Any {
-        let (io_uid, io_gid) = if user_namespaced { mapped_root(config_json).unwrap_or_default() } else { (0, 0) };
-        let options = Options {
-            binary_name: self.cfg.runtime_binary.to_string_lossy().into_owned(),
-            root: self.cfg.runtime_root.to_string_lossy().into_owned(),
-            systemd_cgroup: self.cfg.systemd_cgroup,
-            io_uid,
-            io_gid,
-            ..Options::default()
-        };
-        proto::pack(OPTIONS_URL, &options)
-    }
-
-    pub(super) async fn create_task(self: &Arc<Self>, spec: &PodSpec, task: TaskSpec) -> Result<u32> {
-        let pod = self.find_or_insert(&spec.id);
-        let shim = pod.ensure(self, Some(spec)).await?;
-        let entry = Arc::new(Task::new(&task.id));
-        pod.update(|s| {
-            if s.tasks.contains_key(&task.id) {
-                return Err(Error::exists(format!("container {} has a task already", task.id)));
-            }
-            s.tasks.insert(task.id.clone(), entry.clone());
-            Ok(())
-        })?;
-        let made = self.make(&pod, &shim, spec, task, &entry).await;
-        if made.is_err() {
-            pod.update(|s| s.tasks.remove(&entry.id));
-        }
-        let pid = made?;
-        self.watch_task(&pod, &shim, &entry);
-        Ok(pid)
-    }
-
-    async fn make(
-        self: &Arc<Self>,
-        pod: &Arc<Pod>,
-        shim: &Arc<Shim>,
-        spec: &PodSpec,
-        task: TaskSpec,
-        entry: &Arc<Task>,
-    ) -> Result<u32> {
-        let dir = self.layout.task(&pod.id, &task.id);
-        let options = self.options(&task.config_json, spec.bundle_gid.is_some());
-        let rootfs = mounts(&task.rootfs);
-        let (d, gid) = (dir.clone(), spec.bundle_gid);
-        let task = match blocking(move || bundle::make_task(&d, gid, &task.config_json).map(|()| task)).await {
-            Ok(task) => task,
-            Err(e) => return Err(self.unmake(&dir, None, &entry.id, e).await),
-        };
-        let streams = match self.streams(shim, &dir, &task.io).await {
-            Ok(streams) => streams,
-            Err(e) => return Err(self.unmake(&dir, None, &entry.id, e).await),
-        };
-        let bound = self.cfg.timeouts.create;
-        let request = wire::CreateTaskRequest {
-            id: entry.id.clone(),
-            bundle: dir.to_string_lossy().into_owned(),
-            rootfs,
-            terminal: task.io.terminal,
-            stdin: streams.stdin,
-            stdout: streams.stdout,
-            stderr: streams.stderr,
-            options: Some(options),
-            ..wire::CreateTaskRequest::default()
-        };
-        entry.set_logger(streams.logger);
-        let created = shim.task().create(bound, request).await.map_err(Fault::from);
-        let created = created.map_err(|e| e.within(&format!("create container {}", entry.id), bound));
-        // Only while this very shim is up does its watcher know of the task;
-        // otherwise it has died meanwhile, and the task is ours to undo.
-        let known = pod.update(|s| match &s.phase {
-            Phase::Up(up) if Arc::ptr_eq(up, shim) && created.is_ok() => {
-                entry.made.store(true, Ordering::SeqCst);
-                true
-            }
-            _ => false,
-        });
-        match created {
-            Ok(answer) if known => Ok(answer.pid),
-            Ok(_) => {
-                let e = Error::unavailable(format!("create container {}: the pod's shim ended meanwhile", entry.id));
-                Err(self.unmake(&dir, Some(shim), &entry.id, e).await)
-            }
-            Err(e) => Err(self.unmake(&dir, Some(shim), &entry.id, e).await),
-        }
-    }
-
-    /// Undoes a failed create: the task in the shim, or by way of `delete` where
-    /// the shim can't; then the bundle. Returns the error, with what else failed.
-    async fn unmake(&self, dir: &Path, shim: Option<&Arc<Shim>>, id: &str, e: Error) -> Error {
-        if let Some(shim) = shim {
-            let bound = self.cfg.timeouts.cleanup;
-            let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
-            match shim.task().delete(bound, request).await.map_err(Fault::from) {
-                Ok(_) => {}
-                // The shim has undone its own failure.
-                Err(f) if f.is_not_found() && e.kind() != ErrorKind::DeadlineExceeded => {}
-                Err(_) => {
-                    if let Err(e) = self.binary.delete(dir, id, bound).await {
-                        tracing::warn!(container = id, error = %e, "undo a failed create");
-                    }
-                }
-            }
-        }
-        let d = dir.to_path_buf();
-        match blocking(move || bundle::remove_task(&d)).await {
-            Ok(()) => e,
-            Err(more) => e.hint(more.to_string()),
-        }
-    }
-
     /// Keeps a Wait outstanding: it alone tells the exit
     /// (docs/decisions/0005-exits-by-wait.md).
     pub(super) fn watch_task(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>, task: &Arc<Task>) {
-        task.made.store(true, Ordering::SeqCst);
+        task.set_made();
         let (inner, pod, shim, task) = (self.clone(), pod.clone(), shim.clone(), task.clone());
         tokio::spawn(async move {
             loop {
                 let request = wire::WaitRequest { id: task.id.clone(), exec_id: String::new() };
-                match shim.task().wait(Duration::ZERO, request).await.map_err(Fault::from) {
+                match call(Duration::ZERO, shim.task().wait(Duration::ZERO, request)).await {
                     Ok(answer) => {
                         let certificate =
                             inner.certificate(&pod.id, &task.id, answer.exit_status, answer.exited_at).await;
                         inner.ended(&pod, &task, certificate);
                         return;
                     }
-                    Err(e) if e.is_not_found() => return,
+                    Err(e) if e.is_not_found() => {
+                        // Deleted; or it ended with an earlier shim, and only its
+                        // bundle tells how.
+                        let dir = inner.layout.task(&pod.id, &task.id);
+                        if let Ok(Some(c)) = blocking(move || Ok(bundle::certificate(&dir))).await
+                            && pod.task(&task.id).is_some()
+                        {
+                            inner.ended(&pod, &task, c);
+                        }
+                        return;
+                    }
                     Err(Fault::Closed) => {
                         if shim.is_dead() {
                             return;
@@ -347,7 +182,7 @@ impl Inner {
         let (_, shim) = self.reach(pod).await?;
         let bound = self.cfg.timeouts.create;
         let request = wire::StartRequest { id: id.to_string(), exec_id: String::new() };
-        match shim.task().start(bound, request).await.map_err(Fault::from) {
+        match call(bound, shim.task().start(bound, request)).await {
             Ok(_) => Ok(()),
             Err(e) => Err(e.within(&format!("start container {id}"), bound)),
         }
@@ -388,7 +223,7 @@ impl Inner {
         let within = |e: Fault, what: &str| e.within(&format!("{what} container {id}"), bound);
         kill(shim, id, "", Signal::KILL, true, bound).await.map_err(|e| within(e, "kill"))?;
         let request = wire::WaitRequest { id: id.to_string(), exec_id: String::new() };
-        let ended = match shim.task().wait(bound, request).await.map_err(Fault::from) {
+        let ended = match call(bound, shim.task().wait(bound, request)).await {
             Ok(answer) => answer,
             Err(e) if e.is_not_found() => return Ok(()),
             Err(e) => return Err(within(e, "wait for")),
@@ -398,7 +233,7 @@ impl Inner {
             self.ended(pod, &task, certificate);
         }
         let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
-        match shim.task().delete(bound, request).await.map_err(Fault::from) {
+        match call(bound, shim.task().delete(bound, request)).await {
             Ok(_) => {}
             Err(e) if e.is_not_found() => {}
             Err(e) => return Err(within(e, "delete")),
@@ -448,7 +283,7 @@ impl Inner {
                 Err(e) => return Err(e),
             };
             let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
-            match shim.task().delete(bound, request).await.map_err(Fault::from) {
+            match call(bound, shim.task().delete(bound, request)).await {
                 Ok(answer) => {
                     if let Some(task) = task
                         && task.exit().is_none()
@@ -485,7 +320,7 @@ impl Inner {
         let bound = self.cfg.timeouts.state;
         let what = || format!("ask the state of container {id}");
         let request = wire::StateRequest { id: id.to_string(), exec_id: String::new() };
-        let answer = match shim.task().state(bound, request).await.map_err(Fault::from) {
+        let answer = match call(bound, shim.task().state(bound, request)).await {
             Ok(answer) => answer,
             Err(Fault::Closed) => return Err(Fault::Closed.within(&what(), bound).with_kind(ErrorKind::NotFound)),
             Err(e) => return Err(e.within(&what(), bound)),
@@ -506,15 +341,15 @@ impl Inner {
     pub(super) async fn pause_task(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
         let bound = self.cfg.timeouts.call;
-        let done = shim.task().pause(bound, wire::PauseRequest { id: id.to_string() }).await;
-        done.map(|_| ()).map_err(|e| Fault::from(e).within(&format!("pause container {id}"), bound))
+        let done = call(bound, shim.task().pause(bound, wire::PauseRequest { id: id.to_string() })).await;
+        done.map(|_| ()).map_err(|e| e.within(&format!("pause container {id}"), bound))
     }
 
     pub(super) async fn resume_task(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
         let bound = self.cfg.timeouts.call;
-        let done = shim.task().resume(bound, wire::ResumeRequest { id: id.to_string() }).await;
-        done.map(|_| ()).map_err(|e| Fault::from(e).within(&format!("resume container {id}"), bound))
+        let done = call(bound, shim.task().resume(bound, wire::ResumeRequest { id: id.to_string() })).await;
+        done.map(|_| ()).map_err(|e| e.within(&format!("resume container {id}"), bound))
     }
 
     pub(super) async fn update_task(self: &Arc<Self>, pod: &str, id: &str, resources: String) -> Result<()> {
@@ -522,24 +357,24 @@ impl Inner {
         let bound = self.cfg.timeouts.call;
         let resources = prost_types::Any { type_url: RESOURCES_URL.into(), value: resources.into_bytes() };
         let request = wire::UpdateTaskRequest { id: id.to_string(), resources: Some(resources), ..Default::default() };
-        let done = shim.task().update(bound, request).await;
-        done.map(|_| ()).map_err(|e| Fault::from(e).within(&format!("update container {id}"), bound))
+        let done = call(bound, shim.task().update(bound, request)).await;
+        done.map(|_| ()).map_err(|e| e.within(&format!("update container {id}"), bound))
     }
 
     pub(super) async fn resize_task(self: &Arc<Self>, pod: &str, id: &str, width: u32, height: u32) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
         let bound = self.cfg.timeouts.call;
         let request = wire::ResizePtyRequest { id: id.to_string(), exec_id: String::new(), width, height };
-        let done = shim.task().resize_pty(bound, request).await;
-        done.map(|_| ()).map_err(|e| Fault::from(e).within(&format!("resize the terminal of container {id}"), bound))
+        let done = call(bound, shim.task().resize_pty(bound, request)).await;
+        done.map(|_| ()).map_err(|e| e.within(&format!("resize the terminal of container {id}"), bound))
     }
 
     pub(super) async fn close_stdin(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
         let bound = self.cfg.timeouts.call;
         let request = wire::CloseIoRequest { id: id.to_string(), exec_id: String::new(), stdin: true };
-        let done = shim.task().close_io(bound, request).await;
-        done.map(|_| ()).map_err(|e| Fault::from(e).within(&format!("close stdin of container {id}"), bound))
+        let done = call(bound, shim.task().close_io(bound, request)).await;
+        done.map(|_| ()).map_err(|e| e.within(&format!("close stdin of container {id}"), bound))
     }
 
     pub(super) async fn reopen_log(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
@@ -554,14 +389,14 @@ impl Inner {
         }
         let bound = self.cfg.timeouts.call;
         let request = proto::longshore_shim::ReopenLogRequest { id: id.to_string() };
-        let done = shim.longshore().reopen_log(bound, request).await;
-        done.map(|_| ()).map_err(|e| Fault::from(e).within(&format!("reopen the log of container {id}"), bound))
+        let done = call(bound, shim.longshore().reopen_log(bound, request)).await;
+        done.map(|_| ()).map_err(|e| e.within(&format!("reopen the log of container {id}"), bound))
     }
 
     pub(super) async fn pids(self: &Arc<Self>, pod: &str, id: &str) -> Result<Vec<u32>> {
         let (_, shim) = self.reach(pod).await?;
         let bound = self.cfg.timeouts.call;
-        match shim.task().pids(bound, wire::PidsRequest { id: id.to_string() }).await.map_err(Fault::from) {
+        match call(bound, shim.task().pids(bound, wire::PidsRequest { id: id.to_string() })).await {
             Ok(answer) => Ok(answer.processes.iter().map(|p| p.pid).collect()),
             Err(e) => Err(e.within(&format!("list the processes of container {id}"), bound)),
         }
@@ -579,7 +414,7 @@ pub(crate) async fn kill(
 ) -> std::result::Result<(), Fault> {
     let request =
         wire::KillRequest { id: id.to_string(), exec_id: exec.to_string(), signal: u32::from(signal.number()), all };
-    match shim.task().kill(bound, request).await.map_err(Fault::from) {
+    match call(bound, shim.task().kill(bound, request)).await {
         Ok(_) => Ok(()),
         Err(e) if e.is_not_found() => Ok(()),
         Err(e) => Err(e),
@@ -589,20 +424,6 @@ pub(crate) async fn kill(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn log_paths_survive_the_uri() {
-        let uri = log_uri(Path::new("/var/log/pods/a b_c%/é?x/0.log"), 16384);
-        assert_eq!(uri, "cri:///var/log/pods/a%20b_c%25/%C3%A9%3Fx/0.log?limit=16384");
-    }
-
-    #[test]
-    fn the_mapped_root_owns_the_pipes() {
-        let json = r#"{"linux":{"uidMappings":[{"containerID":0,"hostID":65536,"size":9}],
-            "gidMappings":[{"containerID":0,"hostID":70000,"size":9}]}}"#;
-        assert_eq!(mapped_root(json), Some((65536, 70000)));
-        assert_eq!(mapped_root("{}"), None);
-    }
 
     #[test]
     fn a_signal_of_ours_gets_its_reason() {

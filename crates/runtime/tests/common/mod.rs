@@ -2,7 +2,7 @@
 //!
 //! Dropping a [`Node`] ends whatever is left of its shims, containers, mounts and
 //! cgroups, also when a test has panicked.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its part; a failure has to stop the test")]
 
 use longshore_runtime::shim_v2::{ShimConfig, ShimManager, Timeouts};
 use longshore_runtime::{ExecSyncSpec, PodSpec, RootfsMount, Runtime, RuntimeEvent, TaskIo, TaskSpec};
@@ -31,11 +31,12 @@ fn our_shim() -> PathBuf {
         if let Some(path) = std::env::var_os("LONGSHORE_TEST_SHIM") {
             return path.into();
         }
-        let status =
-            Command::new(env!("CARGO")).args(["build", "-p", "containerd-shim-longshore-v2"]).status().unwrap();
-        assert!(status.success(), "build the shim");
         let exe = std::env::current_exe().unwrap();
-        let path = exe.ancestors().nth(2).unwrap().join("containerd-shim-longshore-v2");
+        let target = exe.ancestors().nth(3).unwrap();
+        let build = ["build", "--quiet", "-p", "containerd-shim-longshore-v2", "--target-dir"];
+        let status = Command::new(env!("CARGO")).args(build).arg(target).status().unwrap();
+        assert!(status.success(), "build the shim");
+        let path = target.join("debug/containerd-shim-longshore-v2");
         assert!(path.exists(), "{} is not there", path.display());
         path
     })
@@ -269,8 +270,15 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 pub fn kill_9(pid: u32) {
-    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    signal(pid, rustix::process::Signal::KILL);
+}
+
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
+    let raw = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(raw, signal).unwrap();
+    if signal == rustix::process::Signal::STOP {
+        eventually("it has stopped", || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") T "));
+    }
 }
 
 pub fn alive(pid: u32) -> bool {

@@ -1,0 +1,100 @@
+//! What a dead shim left is ended, reported and cleaned up.
+
+use super::Inner;
+use super::bootstrap::Bootstrap;
+use super::bundle::{self, blocking};
+use super::pod::Pod;
+use super::task::{self, Task};
+use std::sync::Arc;
+use tokio::task::JoinSet;
+use types::{Certificate, Error, ExitStatus};
+
+/// Cleans up after a dead shim: ends and reports each of its tasks.
+pub(super) async fn bury(inner: &Arc<Inner>, pod: &Arc<Pod>, bootstrap: &Bootstrap) {
+    let tasks: Vec<Arc<Task>> = pod.look(|s| s.tasks.values().filter(|t| t.is_made()).cloned().collect());
+    let mut all = JoinSet::new();
+    for task in tasks {
+        let (inner, pod) = (inner.clone(), pod.clone());
+        all.spawn(async move {
+            let certificate = inner.bury_task(&pod.id, &task.id).await;
+            inner.ended(&pod, &task, certificate);
+        });
+    }
+    all.join_all().await;
+    let bundle = inner.layout.pod(&pod.id);
+    Bootstrap::forget(&bundle);
+    bundle::remove_socket(&bootstrap.address);
+}
+
+impl Inner {
+    /// Runs `delete` for one task of a dead shim, and says how the task ended:
+    /// as its bundle knows, else as `delete` answers (137), else 255.
+    pub(super) async fn bury_task(self: &Arc<Self>, pod: &str, id: &str) -> Certificate {
+        let dir = self.layout.task(pod, id);
+        let bound = self.cfg.timeouts.cleanup;
+        let answer = if dir.exists() {
+            self.binary.delete(&dir, id, bound).await
+        } else {
+            Err(Error::not_found(format!("bundle {}", dir.display())))
+        };
+        let now = crate::now();
+        let (status, exited_at) = match answer {
+            Ok(reply) => {
+                let at = reply.exited_at.and_then(|t| task::time(&t)).unwrap_or(now);
+                (ExitStatus::from_code(reply.exit_status), at)
+            }
+            Err(e) => {
+                tracing::warn!(pod, container = id, error = %e, "the shim's delete failed");
+                self.runtime_delete(id).await;
+                (ExitStatus::Unknown(255), now)
+            }
+        };
+        let ours = Certificate {
+            status,
+            exited_at,
+            oom_killed: false,
+            oom_cgroup: None,
+            killed_by: Some("the death of the pod's shim".into()),
+            peak_memory: None,
+        };
+        blocking(move || {
+            if !dir.exists() {
+                return Ok(ours);
+            }
+            if let Err(e) = bundle::unmount_rootfs(&dir) {
+                tracing::warn!(error = %e, "a dead container's rootfs stays mounted");
+            }
+            Ok(bundle::certify(&dir, ours))
+        })
+        .await
+        .unwrap_or(Certificate {
+            status: ExitStatus::Unknown(255),
+            exited_at: now,
+            oom_killed: false,
+            oom_cgroup: None,
+            killed_by: None,
+            peak_memory: None,
+        })
+    }
+
+    /// The last means: the OCI runtime itself, where the shim's `delete` failed.
+    async fn runtime_delete(&self, id: &str) {
+        let run = tokio::process::Command::new(&self.cfg.runtime_binary)
+            .arg("--root")
+            .arg(self.cfg.runtime_root.join(&self.cfg.namespace))
+            .args(["delete", "--force", id])
+            .stdin(std::process::Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        match tokio::time::timeout(self.cfg.timeouts.cleanup, run).await {
+            Ok(Ok(out)) if out.status.success() => {}
+            Ok(Ok(out)) => tracing::warn!(
+                container = id,
+                stderr = %String::from_utf8_lossy(&out.stderr).trim(),
+                "the OCI runtime's delete --force failed"
+            ),
+            Ok(Err(e)) => tracing::warn!(container = id, error = %e, "the OCI runtime can't be run"),
+            Err(_) => tracing::warn!(container = id, "the OCI runtime's delete --force took too long"),
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! A container's task is made: bundle, streams, Create; all of it or nothing.
+
+use super::Inner;
+use super::bundle::{self, blocking};
+use super::foreign::{Logger, fifos};
+use super::pod::{Phase, Pod};
+use super::rpc::call;
+use super::shim::Shim;
+use super::task::Task;
+use crate::api::{PodSpec, RootfsMount, TaskIo, TaskSpec};
+use proto::containerd::runc::v1::Options;
+use proto::containerd::task::v3 as wire;
+use proto::containerd::types::Mount;
+use std::path::Path;
+use std::sync::Arc;
+use types::{Error, ErrorKind, Result};
+
+const OPTIONS_URL: &str = "containerd.runc.v1.Options";
+
+/// The private URI of our own shim: it writes the CRI log itself.
+fn log_uri(path: &Path, limit: u32) -> String {
+    use std::fmt::Write;
+    use std::os::unix::ffi::OsStrExt;
+    let mut uri = String::from("cri://");
+    for &b in path.as_os_str().as_bytes() {
+        if b.is_ascii_alphanumeric() || b"/-._~".contains(&b) {
+            uri.push(char::from(b));
+        } else {
+            let _ = write!(uri, "%{b:02X}");
+        }
+    }
+    let _ = write!(uri, "?limit={limit}");
+    uri
+}
+
+/// The host's uid and gid of a user-namespaced container's root: who owns its pipes.
+fn mapped_root(config_json: &str) -> Option<(u32, u32)> {
+    let config: serde_json::Value = serde_json::from_str(config_json).ok()?;
+    let of = |key: &str| {
+        let maps = config.get("linux")?.get(key)?.as_array()?;
+        let root = maps.iter().find(|m| m.get("containerID").and_then(serde_json::Value::as_u64) == Some(0))?;
+        u32::try_from(root.get("hostID")?.as_u64()?).ok()
+    };
+    Some((of("uidMappings")?, of("gidMappings")?))
+}
+
+fn mounts(rootfs: &[RootfsMount]) -> Vec<Mount> {
+    let one = |m: &RootfsMount| Mount {
+        r#type: m.kind.clone(),
+        source: m.source.clone(),
+        target: String::new(),
+        options: m.options.clone(),
+    };
+    rootfs.iter().map(one).collect()
+}
+
+struct Streams {
+    stdin: String,
+    stdout: String,
+    stderr: String,
+    logger: Option<Logger>,
+}
+
+impl Inner {
+    /// Where the task's streams go: a URI for a shim that writes CRI logs, FIFOs
+    /// that we log from for any other.
+    async fn streams(&self, shim: &Shim, dir: &Path, io: &TaskIo) -> Result<Streams> {
+        let stdin = io.stdin.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+        let mut streams = Streams { stdin, stdout: String::new(), stderr: String::new(), logger: None };
+        let Some(log) = &io.log_path else { return Ok(streams) };
+        let err = if shim.can("cri-log") {
+            streams.stdout = log_uri(log, io.log_limit);
+            streams.stdout.clone()
+        } else {
+            streams.logger = self.logs.start(dir, io).await?;
+            let (out, err) = fifos(dir);
+            streams.stdout = out.to_string_lossy().into_owned();
+            err.to_string_lossy().into_owned()
+        };
+        if !io.terminal {
+            streams.stderr = err;
+        }
+        Ok(streams)
+    }
+
+    fn options(&self, config_json: &str, user_namespaced: bool) -> prost_types::Any {
+        let (io_uid, io_gid) = if user_namespaced { mapped_root(config_json).unwrap_or_default() } else { (0, 0) };
+        let options = Options {
+            binary_name: self.cfg.runtime_binary.to_string_lossy().into_owned(),
+            root: self.cfg.runtime_root.to_string_lossy().into_owned(),
+            systemd_cgroup: self.cfg.systemd_cgroup,
+            io_uid,
+            io_gid,
+            ..Options::default()
+        };
+        proto::pack(OPTIONS_URL, &options)
+    }
+
+    pub(super) async fn create_task(self: &Arc<Self>, spec: &PodSpec, task: TaskSpec) -> Result<u32> {
+        let pod = self.find_or_insert(&spec.id);
+        let shim = pod.ensure(self, Some(spec)).await?;
+        let entry = Arc::new(Task::new(&task.id));
+        pod.update(|s| {
+            if s.tasks.contains_key(&task.id) {
+                return Err(Error::exists(format!("container {} has a task already", task.id)));
+            }
+            s.tasks.insert(task.id.clone(), entry.clone());
+            Ok(())
+        })?;
+        let made = self.make(&pod, &shim, spec, task, &entry).await;
+        if made.is_err() {
+            pod.update(|s| s.tasks.remove(&entry.id));
+        }
+        let pid = made?;
+        self.watch_task(&pod, &shim, &entry);
+        Ok(pid)
+    }
+
+    async fn make(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        shim: &Arc<Shim>,
+        spec: &PodSpec,
+        task: TaskSpec,
+        entry: &Arc<Task>,
+    ) -> Result<u32> {
+        let dir = self.layout.task(&pod.id, &task.id);
+        let options = self.options(&task.config_json, spec.bundle_gid.is_some());
+        let rootfs = mounts(&task.rootfs);
+        let (d, gid) = (dir.clone(), spec.bundle_gid);
+        let task = match blocking(move || bundle::make_task(&d, gid, &task.config_json).map(|()| task)).await {
+            Ok(task) => task,
+            Err(e) => return Err(self.unmake(&dir, None, &entry.id, e).await),
+        };
+        let streams = match self.streams(shim, &dir, &task.io).await {
+            Ok(streams) => streams,
+            Err(e) => return Err(self.unmake(&dir, None, &entry.id, e).await),
+        };
+        let bound = self.cfg.timeouts.create;
+        let request = wire::CreateTaskRequest {
+            id: entry.id.clone(),
+            bundle: dir.to_string_lossy().into_owned(),
+            rootfs,
+            terminal: task.io.terminal,
+            stdin: streams.stdin,
+            stdout: streams.stdout,
+            stderr: streams.stderr,
+            options: Some(options),
+            ..wire::CreateTaskRequest::default()
+        };
+        entry.set_logger(streams.logger);
+        let created = call(bound, shim.task().create(bound, request)).await;
+        let created = created.map_err(|e| e.within(&format!("create container {}", entry.id), bound));
+        // Only while this very shim is up does its watcher know of the task;
+        // otherwise it has died meanwhile, and the task is ours to undo.
+        let known = pod.update(|s| match &s.phase {
+            Phase::Up(up) if Arc::ptr_eq(up, shim) && created.is_ok() => {
+                entry.set_made();
+                true
+            }
+            _ => false,
+        });
+        match created {
+            Ok(answer) if known => Ok(answer.pid),
+            Ok(_) => {
+                let e = Error::unavailable(format!("create container {}: the pod's shim ended meanwhile", entry.id));
+                Err(self.unmake(&dir, Some(shim), &entry.id, e).await)
+            }
+            Err(e) => Err(self.unmake(&dir, Some(shim), &entry.id, e).await),
+        }
+    }
+
+    /// Undoes a failed create: the task in the shim, or by way of `delete` where
+    /// the shim can't; then the bundle. Returns the error, with what else failed.
+    async fn unmake(&self, dir: &Path, shim: Option<&Arc<Shim>>, id: &str, e: Error) -> Error {
+        if let Some(shim) = shim {
+            let bound = self.cfg.timeouts.cleanup;
+            let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
+            match call(bound, shim.task().delete(bound, request)).await {
+                Ok(_) => {}
+                // The shim has undone its own failure.
+                Err(f) if f.is_not_found() && e.kind() != ErrorKind::DeadlineExceeded => {}
+                Err(_) => {
+                    if let Err(e) = self.binary.delete(dir, id, bound).await {
+                        tracing::warn!(container = id, error = %e, "undo a failed create");
+                    }
+                }
+            }
+        }
+        let d = dir.to_path_buf();
+        match blocking(move || bundle::remove_task(&d)).await {
+            Ok(()) => e,
+            Err(more) => e.hint(more.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_paths_survive_the_uri() {
+        let uri = log_uri(Path::new("/var/log/pods/a b_c%/é?x/0.log"), 16384);
+        assert_eq!(uri, "cri:///var/log/pods/a%20b_c%25/%C3%A9%3Fx/0.log?limit=16384");
+    }
+
+    #[test]
+    fn the_mapped_root_owns_the_pipes() {
+        let json = r#"{"linux":{"uidMappings":[{"containerID":0,"hostID":65536,"size":9}],
+            "gidMappings":[{"containerID":0,"hostID":70000,"size":9}]}}"#;
+        assert_eq!(mapped_root(json), Some((65536, 70000)));
+        assert_eq!(mapped_root("{}"), None);
+    }
+}
