@@ -39,6 +39,7 @@ stop_daemon() {
 finish() {
   local code=$?
   trap - EXIT INT TERM
+  set +e
   if (( code )); then
     [[ -s $work/log ]] && { echo "demo: the daemon's last words:" >&2; tail -n 30 "$work/log" >&2; }
     [[ -n $daemon ]] && timeout 20 "$bin/longshore" rm -f demo >/dev/null 2>&1

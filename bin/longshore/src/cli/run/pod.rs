@@ -95,7 +95,7 @@ async fn make(client: &mut Client, args: &RunArgs, name: &str, own: bool) -> Res
         ..PodSandboxConfig::default()
     };
     let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: args.runtime_handler.clone() };
-    match client.runtime.run_pod_sandbox(request).await.answer(|| format!("make pod {name}")) {
+    match client.runtime.run_pod_sandbox(request).await.answer(|| format!("run pod {NAMESPACE}/{name}")) {
         Ok(answer) => {
             let pod = PodSandbox {
                 id: answer.pod_sandbox_id,
