@@ -4,6 +4,7 @@
 use anyhow::{Context, bail};
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
@@ -141,7 +142,8 @@ impl Config {
 
 /// Prints every key with its default and comment.
 pub fn print_default() {
-    print!("{DEFAULTS}");
+    // A reader that has seen enough (`| head`) is no failure.
+    let _ = std::io::stdout().write_all(DEFAULTS.as_bytes());
 }
 
 /// `config.toml.d/*.toml`, in the order of their names.
@@ -179,9 +181,8 @@ fn check_keys(table: &Table, known: &Table, at: &str) -> anyhow::Result<()> {
     for (key, value) in table {
         let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
         let Some(default) = known.get(key) else {
-            let nearest = known.keys().max_by(|a, b| {
-                strsim::jaro_winkler(a, key).total_cmp(&strsim::jaro_winkler(b, key))
-            });
+            let nearest =
+                known.keys().max_by(|a, b| strsim::jaro_winkler(a, key).total_cmp(&strsim::jaro_winkler(b, key)));
             match nearest {
                 Some(n) if at.is_empty() => bail!("the key {path:?} is not known; did you mean {n:?}?"),
                 Some(n) => bail!("the key {path:?} is not known; did you mean {:?}?", format!("{at}.{n}")),
@@ -230,7 +231,11 @@ mod tests {
         std::fs::write(&file, "log_level = \"a\"\n[images]\nmax_downloads = 9\n").unwrap();
         std::fs::create_dir(dir.path().join("c.toml.d")).unwrap();
         std::fs::write(dir.path().join("c.toml.d/2.toml"), "log_level = \"c\"\n").unwrap();
-        std::fs::write(dir.path().join("c.toml.d/1.toml"), "log_level = \"b\"\n[images.registries.\"x.io\"]\nmirrors=[\"http://m\"]\n").unwrap();
+        std::fs::write(
+            dir.path().join("c.toml.d/1.toml"),
+            "log_level = \"b\"\n[images.registries.\"x.io\"]\nmirrors=[\"http://m\"]\n",
+        )
+        .unwrap();
         let config = Config::load(Some(&file)).unwrap();
         assert_eq!(config.log_level, "c");
         assert_eq!(config.images.max_downloads, 9);

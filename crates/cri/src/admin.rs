@@ -19,8 +19,7 @@ impl Cri {
         }
         let reference = Some(r.reference.as_str()).filter(|s| !s.is_empty());
         let imported = self.images.import(path, reference).await?;
-        let images =
-            imported.into_iter().map(|i| ImportedImage { id: i.id, references: i.references }).collect();
+        let images = imported.into_iter().map(|i| ImportedImage { id: i.id, references: i.references }).collect();
         Ok(ImportResponse { images })
     }
 

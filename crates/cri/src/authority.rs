@@ -127,12 +127,8 @@ impl Filter {
             self.at = if length == 0 { At::Header(Vec::new()) } else { At::Passing(length) };
             return;
         }
-        self.at = At::Block {
-            held: header.to_vec(),
-            fragments: Vec::new(),
-            missing: length,
-            last: flags & END_HEADERS != 0,
-        };
+        self.at =
+            At::Block { held: header.to_vec(), fragments: Vec::new(), missing: length, last: flags & END_HEADERS != 0 };
         if length == 0 {
             self.frame_complete(out);
         }
@@ -419,7 +415,8 @@ mod tests {
     #[test]
     fn a_path_as_authority_becomes_dashes_in_every_split() {
         let frames = [frame(4, 0, &[]), frame(1, END_HEADERS, &block(b"%2Frun%2Fx", false)), frame(0, 1, b"da/ta%")];
-        let wanted = connection(&[frames[0].clone(), frame(1, END_HEADERS, &block(b"-2Frun-2Fx", false)), frames[2].clone()]);
+        let wanted =
+            connection(&[frames[0].clone(), frame(1, END_HEADERS, &block(b"-2Frun-2Fx", false)), frames[2].clone()]);
         let input = connection(&frames);
         for step in 1..=input.len() {
             assert_eq!(run(&input, step), wanted, "split every {step}");
@@ -449,13 +446,10 @@ mod tests {
                 let (v, n) = code(c);
                 bits += &format!("{v:0w$b}", w = n as usize);
             }
-            while bits.len() % 8 != 0 {
+            while !bits.len().is_multiple_of(8) {
                 bits.push('1');
             }
-            bits.as_bytes()
-                .chunks(8)
-                .map(|b| u8::from_str_radix(std::str::from_utf8(b).unwrap(), 2).unwrap())
-                .collect()
+            bits.as_bytes().chunks(8).map(|b| u8::from_str_radix(std::str::from_utf8(b).unwrap(), 2).unwrap()).collect()
         };
         let input = connection(&[frame(1, END_HEADERS, &block(&encode(b"/run/a%2F-"), true))]);
         let wanted = connection(&[frame(1, END_HEADERS, &block(&encode(b"-run-a-2F-"), true))]);

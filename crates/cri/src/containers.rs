@@ -84,9 +84,9 @@ impl Cri {
     }
 
     pub(crate) async fn update(&self, r: UpdateContainerResourcesRequest) -> Result<UpdateContainerResourcesResponse> {
-        let linux = r
-            .linux
-            .ok_or_else(|| Error::invalid(format!("the update of container {:?} has no Linux resources", r.container_id)))?;
+        let linux = r.linux.ok_or_else(|| {
+            Error::invalid(format!("the update of container {:?} has no Linux resources", r.container_id))
+        })?;
         self.pods.update_container(&r.container_id, linux).await?;
         Ok(UpdateContainerResourcesResponse {})
     }

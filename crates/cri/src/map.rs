@@ -96,7 +96,11 @@ pub fn container_status(c: &ContainerInfo) -> cri::ContainerStatus {
         annotations: c.config.annotations.clone(),
         mounts: c.config.mounts.clone(),
         log_path: c.record.log_path.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default(),
-        resources: c.record.resources.clone().map(|linux| cri::ContainerResources { linux: Some(linux), windows: None }),
+        resources: c
+            .record
+            .resources
+            .clone()
+            .map(|linux| cri::ContainerResources { linux: Some(linux), windows: None }),
         user: Some(cri::ContainerUser {
             linux: Some(cri::LinuxContainerUser {
                 uid: i64::from(c.record.user.uid),

@@ -79,7 +79,7 @@ impl Node {
                 ],
             }),
             info: if verbose { map::info(&self.verbose()) } else { Default::default() },
-            runtime_handlers: names.map(|name| RuntimeHandler { name, features: Some(features.clone()) }).collect(),
+            runtime_handlers: names.map(|name| RuntimeHandler { name, features: Some(features) }).collect(),
             features: Some(RuntimeFeatures {
                 supplemental_groups_policy: true,
                 user_namespaces_host_network: false,

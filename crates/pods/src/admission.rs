@@ -19,11 +19,8 @@ pub fn create(pod: &PodInfo, going: bool, key: &str, holder: Option<&str>) -> Re
     ready(pod, going)?;
     match holder {
         None => Ok(()),
-        Some(id) => Err(Error::exists(format!(
-            "container {key} exists in pod {} already, as {id:.12}",
-            pod.name()
-        ))
-        .hint("remove it first, or use the next attempt number")),
+        Some(id) => Err(Error::exists(format!("container {key} exists in pod {} already, as {id:.12}", pod.name()))
+            .hint("remove it first, or use the next attempt number")),
     }
 }
 

@@ -28,11 +28,7 @@ pub async fn exec_sync(
     let path = shared.container_dir(&container.id).join("process.json");
     let own = tokio::fs::read_to_string(&path).await.context(|| format!("read {}", path.display()))?;
     let process_json = spec::exec_process_json(&own, cmd, false)?;
-    let exec = ExecSyncSpec {
-        process_json,
-        timeout,
-        drain_timeout: shared.config.drain_exec_sync_io_timeout,
-        keep: KEEP,
-    };
+    let exec =
+        ExecSyncSpec { process_json, timeout, drain_timeout: shared.config.drain_exec_sync_io_timeout, keep: KEEP };
     shared.runtime.exec_sync(&container.pod_id, &container.id, exec).await
 }

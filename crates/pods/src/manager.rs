@@ -94,7 +94,8 @@ impl Pods {
         let (tx, mut attempt) = watch::channel(None);
         match self.shared.registry.reserve(&key, attempt.clone()) {
             Ok(()) => {
-                let new = NewPod { id: types::new_id()?, key, config: Arc::new(config), handler: handler.to_string(), plan };
+                let new =
+                    NewPod { id: types::new_id()?, key, config: Arc::new(config), handler: handler.to_string(), plan };
                 let shared = self.shared.clone();
                 tokio::spawn(async move {
                     let outcome = make_pod(shared, new).await;
@@ -189,7 +190,9 @@ impl Pods {
     /// `DeadlineExceeded` when not even SIGKILL ended it.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
         match self.shared.registry.container(id) {
-            Ok((id, pod)) => gone_is_done(ask(&pod, |reply| Msg::Stop { id, grace, why: "StopContainer", reply }).await),
+            Ok((id, pod)) => {
+                gone_is_done(ask(&pod, |reply| Msg::Stop { id, grace, why: "StopContainer", reply }).await)
+            }
             Err(e) => gone_is_done(Err(e)),
         }
     }

@@ -59,7 +59,11 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
         if s.pod.state.phase == PodPhase::Ready {
             match found.remove(&s.pod.id) {
                 Some(pod) => adopt(shared, s, pod).await,
-                None => tracing::error!("pod {} ({:.12}) could not be examined; its next call tries again", s.pod.name(), s.pod.id),
+                None => tracing::error!(
+                    "pod {} ({:.12}) could not be examined; its next call tries again",
+                    s.pod.name(),
+                    s.pod.id
+                ),
             }
         }
     }
@@ -81,7 +85,8 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
 
 /// Whether the node was restarted since the last daemon; notes the present boot.
 async fn note_boot(shared: &Shared) -> Result<bool> {
-    let boot_id = tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await.context(|| "read the boot id".into())?;
+    let boot_id =
+        tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await.context(|| "read the boot id".into())?;
     let boot_id = boot_id.trim().to_string();
     let token = shared.config.state.join(TOKEN);
     let known = shared.store.boot_id().await?;
@@ -152,10 +157,7 @@ fn asked(s: &Stored) -> RecoverPod {
     if s.pod.state.init {
         containers.push(s.pod.id.clone());
     }
-    RecoverPod {
-        spec: crate::ops::pod_spec(&s.pod.id, &s.pod.config, s.pod.state.sandbox.bundle_gid()),
-        containers,
-    }
+    RecoverPod { spec: crate::ops::pod_spec(&s.pod.id, &s.pod.config, s.pod.state.sandbox.bundle_gid()), containers }
 }
 
 fn end_all(shared: &Shared, s: &mut Stored, why: &str) {
@@ -242,9 +244,10 @@ fn reconcile(state: &ContainerState, task: Option<TaskState>) -> (Option<Contain
         (ContainerState::Running { started_at, .. }, Some(TaskState::Stopped(certificate))) => {
             (Some(ContainerState::exited(Some(*started_at), certificate)), true)
         }
-        (ContainerState::Running { started_at, .. }, other) => {
-            (Some(ContainerState::lost(Some(*started_at), "its task was gone when the daemon came back")), other.is_some())
-        }
+        (ContainerState::Running { started_at, .. }, other) => (
+            Some(ContainerState::lost(Some(*started_at), "its task was gone when the daemon came back")),
+            other.is_some(),
+        ),
     }
 }
 
@@ -253,7 +256,8 @@ async fn sweep(shared: &Arc<Shared>, stored: &[Stored], unreadable: &BTreeSet<St
     let mut pods: BTreeSet<String> =
         stored.iter().filter(|s| s.pod.state.phase == PodPhase::Ready).map(|s| s.pod.id.clone()).collect();
     pods.extend(unreadable.iter().cloned());
-    let mut containers: BTreeSet<String> = stored.iter().flat_map(|s| s.containers.iter().map(|c| c.id.clone())).collect();
+    let mut containers: BTreeSet<String> =
+        stored.iter().flat_map(|s| s.containers.iter().map(|c| c.id.clone())).collect();
     containers.extend(unreadable.iter().cloned());
     let mut errors: Vec<Error> = shared.sandboxes.sweep(&pods).await;
     match shared.snapshots.list().await {
@@ -310,9 +314,16 @@ mod tests {
             assert_eq!(reconcile(&exited(), task), (None, there));
         }
         assert_eq!(reconcile(&running(), Some(alive())), (None, false));
-        assert!(matches!(reconcile(&running(), Some(dead(3))), (Some(ContainerState::Exited { certificate, .. }), true) if certificate.status.code() == 3));
-        assert!(matches!(reconcile(&running(), None), (Some(ContainerState::Exited { certificate, .. }), false) if certificate.status.code() == 255));
-        assert!(matches!(reconcile(&ContainerState::Created, Some(alive())), (Some(ContainerState::Running { pid: 7, .. }), false)));
+        assert!(
+            matches!(reconcile(&running(), Some(dead(3))), (Some(ContainerState::Exited { certificate, .. }), true) if certificate.status.code() == 3)
+        );
+        assert!(
+            matches!(reconcile(&running(), None), (Some(ContainerState::Exited { certificate, .. }), false) if certificate.status.code() == 255)
+        );
+        assert!(matches!(
+            reconcile(&ContainerState::Created, Some(alive())),
+            (Some(ContainerState::Running { pid: 7, .. }), false)
+        ));
         assert_eq!(reconcile(&ContainerState::Created, Some(TaskState::Created)), (None, true));
         assert_eq!(reconcile(&ContainerState::Created, None), (None, false));
     }

@@ -22,23 +22,17 @@ use std::time::SystemTime;
 use tokio::sync::oneshot;
 use types::{Error, Result, ResultExt};
 
-/// A container that was made and is stored.
-pub struct NewContainer {
-    /// What readers see of it.
-    pub info: ContainerInfo,
-}
-
 /// Makes a container; on failure nothing of it is left.
 ///
 /// # Errors
 /// `NotFound` for an unknown image, `InvalidArgument` for a configuration that
 /// can't be, else that of the step that failed.
-pub async fn create(ctx: PodContext, id: String, config: ContainerConfig) -> Result<NewContainer> {
+pub async fn create(ctx: PodContext, id: String, config: ContainerConfig) -> Result<Box<ContainerInfo>> {
     let name = config.metadata.as_ref().map(|m| m.name.clone()).unwrap_or_default();
     let timelines = &ctx.shared.timelines;
     let built = timelines.timed(&ctx.pod.id, "CreateContainer", "", &name, build(&ctx, &id, config)).await;
     match built {
-        Ok(info) => Ok(NewContainer { info }),
+        Ok(info) => Ok(Box::new(info)),
         Err(e) => {
             let mut errors = vec![e];
             errors.extend(undo(&ctx, &id).await);
@@ -89,8 +83,10 @@ async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<Co
     let image = find_image(ctx, &config)?;
     let idmap = pod.state.sandbox.plan.user.as_ref().map(snapshot_idmap);
     let prepare = shared.snapshots.prepare(id, Some(&image.chain_id), idmap.as_ref());
-    let mounts =
-        shared.timelines.timed(&pod.id, OP, "snapshot", &name, shared.bounded("preparing the snapshot", prepare)).await?;
+    let mounts = shared
+        .timelines
+        .timed(&pod.id, OP, "snapshot", &name, shared.bounded("preparing the snapshot", prepare))
+        .await?;
     let made = shared
         .timelines
         .timed(&pod.id, OP, "spec", &name, make_spec(ctx, id, &config, &image, layered(&mounts)))
@@ -120,9 +116,7 @@ async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<Co
 
 fn snapshot_idmap(maps: &spec::IdMaps) -> snapshots::IdMap {
     let ranges = |map: &[spec::IdMap]| {
-        map.iter()
-            .map(|m| snapshots::IdRange { container: m.container, host: m.host, size: m.length })
-            .collect()
+        map.iter().map(|m| snapshots::IdRange { container: m.container, host: m.host, size: m.length }).collect()
     };
     snapshots::IdMap { uids: ranges(&maps.uids), gids: ranges(&maps.gids) }
 }

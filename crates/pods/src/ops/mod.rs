@@ -10,7 +10,7 @@ mod start;
 mod stop;
 mod update;
 
-pub use create::{NewContainer, create};
+pub use create::create;
 pub use remove::{remove, remove_pod};
 pub use run_pod::{NewPod, run_pod};
 pub use start::start;

@@ -54,8 +54,13 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
     let request = SandboxRequest { pod_id: &new.id, config: &new.config, plan: &new.plan };
     let gid = new.plan.mapped_root_gid();
     let spec = pod_spec(&new.id, &new.config, gid);
-    let sandbox =
-        timelines.timed(&new.id, OP, "namespaces", "", shared.bounded("making namespaces", shared.sandboxes.setup(request)));
+    let sandbox = timelines.timed(
+        &new.id,
+        OP,
+        "namespaces",
+        "",
+        shared.bounded("making namespaces", shared.sandboxes.setup(request)),
+    );
     let process =
         timelines.timed(&new.id, OP, "shim", "", shared.bounded("starting the shim", shared.runtime.start_pod(&spec)));
     // Both run to their end even when one fails: a half-made side can't be undone.
@@ -129,4 +134,3 @@ async fn undo(shared: &Arc<Shared>, id: &str) -> Vec<Error> {
 pub fn nanos(at: SystemTime) -> i64 {
     at.duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX))
 }
-

@@ -66,14 +66,26 @@ async fn run(ctx: &PodContext, info: &ContainerInfo) -> Result<u32> {
     let pod = ctx.pod_spec();
     let timelines = &shared.timelines;
     let pid = timelines
-        .timed(&pod.id, OP, "create", name, shared.bounded("creating the task", shared.runtime.create_task(&pod, &task)))
+        .timed(
+            &pod.id,
+            OP,
+            "create",
+            name,
+            shared.bounded("creating the task", shared.runtime.create_task(&pod, &task)),
+        )
         .await?;
     // A shim that had died was started anew just now.
     if let Ok(process) = shared.runtime.start_pod(&pod).await {
         let _ = ctx.mailbox.send(Msg::ShimStarted(process));
     }
     timelines
-        .timed(&pod.id, OP, "start", name, shared.bounded("starting the task", shared.runtime.start_task(&pod.id, &info.id)))
+        .timed(
+            &pod.id,
+            OP,
+            "start",
+            name,
+            shared.bounded("starting the task", shared.runtime.start_task(&pod.id, &info.id)),
+        )
         .await?;
     Ok(pid)
 }

@@ -62,7 +62,12 @@ pub async fn stop(
     kill(ctx, info, ended, why).await
 }
 
-async fn kill(ctx: &PodContext, info: &ContainerInfo, mut ended: watch::Receiver<bool>, why: &'static str) -> Result<()> {
+async fn kill(
+    ctx: &PodContext,
+    info: &ContainerInfo,
+    mut ended: watch::Receiver<bool>,
+    why: &'static str,
+) -> Result<()> {
     let sent = ctx.shared.runtime.kill_task(&ctx.pod.id, &info.id, Signal::KILL, false, why).await;
     let died = timeout(KILL_WAIT, ended.wait_for(|e| *e)).await;
     if matches!(died, Ok(Ok(_))) {
@@ -98,7 +103,8 @@ pub async fn stop_pod(ctx: &PodContext) -> Result<()> {
         let _ = shared.runtime.kill_task(id, id, Signal::KILL, false, "StopPodSandbox").await;
         let mut ended = ctx.init_ended.clone();
         if timeout(KILL_WAIT, ended.wait_for(|e| *e)).await.is_err() {
-            errors.push(Error::deadline(format!("the pod's init has not died {} s after SIGKILL", KILL_WAIT.as_secs())));
+            errors
+                .push(Error::deadline(format!("the pod's init has not died {} s after SIGKILL", KILL_WAIT.as_secs())));
         }
         errors.extend(shared.bounded("deleting the pod's init", shared.runtime.delete_task(id, id)).await.err());
     }

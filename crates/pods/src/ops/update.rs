@@ -7,19 +7,15 @@ use spec::Spec;
 use types::{Result, ResultExt};
 
 /// The limits after an update: what the update does not set stays.
-pub fn merge_resources(old: Option<&LinuxContainerResources>, new: &LinuxContainerResources) -> LinuxContainerResources {
+pub fn merge_resources(
+    old: Option<&LinuxContainerResources>,
+    new: &LinuxContainerResources,
+) -> LinuxContainerResources {
     let mut merged = old.cloned().unwrap_or_default();
     macro_rules! take_number {
         ($($field:ident),*) => {$( if new.$field != 0 { merged.$field = new.$field; } )*};
     }
-    take_number!(
-        cpu_period,
-        cpu_quota,
-        cpu_shares,
-        memory_limit_in_bytes,
-        oom_score_adj,
-        memory_swap_limit_in_bytes
-    );
+    take_number!(cpu_period, cpu_quota, cpu_shares, memory_limit_in_bytes, oom_score_adj, memory_swap_limit_in_bytes);
     for (to, from) in [(&mut merged.cpuset_cpus, &new.cpuset_cpus), (&mut merged.cpuset_mems, &new.cpuset_mems)] {
         if !from.is_empty() {
             to.clone_from(from);
@@ -64,7 +60,12 @@ mod tests {
 
     #[test]
     fn what_an_update_leaves_out_stays() {
-        let old = LinuxContainerResources { cpu_shares: 10, memory_limit_in_bytes: 5, cpuset_cpus: "0".into(), ..Default::default() };
+        let old = LinuxContainerResources {
+            cpu_shares: 10,
+            memory_limit_in_bytes: 5,
+            cpuset_cpus: "0".into(),
+            ..Default::default()
+        };
         let new = LinuxContainerResources { cpu_shares: 20, cpuset_mems: "1".into(), ..Default::default() };
         let merged = merge_resources(Some(&old), &new);
         assert_eq!((merged.cpu_shares, merged.memory_limit_in_bytes), (20, 5));

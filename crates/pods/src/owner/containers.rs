@@ -4,7 +4,7 @@ use super::{Done, Owner, Reply, Slot, StartOp, StopOp, answer};
 use crate::admission;
 use crate::events::EventKind;
 use crate::journal::Write;
-use crate::ops::{self, NewContainer};
+use crate::ops;
 use crate::state::{ContainerInfo, ContainerState, container_key};
 use proto::cri::{ContainerConfig, LinuxContainerResources};
 use std::sync::Arc;
@@ -38,10 +38,10 @@ impl Owner {
         self.spawn(async move { Done::Created(key, ops::create(context, id, config).await) });
     }
 
-    pub(super) fn created(&mut self, key: &str, result: Result<NewContainer>) {
+    pub(super) fn created(&mut self, key: &str, result: Result<Box<ContainerInfo>>) {
         let Some((id, waiters)) = self.creating.remove(key) else { return };
-        let new = match result {
-            Ok(new) => new,
+        let info = match result {
+            Ok(info) => info,
             Err(e) => {
                 for reply in waiters {
                     let _ = reply.send(Err(e.copy()));
@@ -51,7 +51,7 @@ impl Owner {
         };
         let Some(handle) = self.handle.upgrade() else { return };
         self.shared.registry.add_container(&id, &handle);
-        self.slots.insert(id.clone(), Slot::new(Arc::new(new.info)));
+        self.slots.insert(id.clone(), Slot::new(Arc::from(info)));
         self.announce(&id, EventKind::Created);
         for reply in waiters {
             let _ = reply.send(Ok(id.clone()));

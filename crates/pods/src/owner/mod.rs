@@ -16,7 +16,7 @@ mod pod;
 
 use crate::events::EventKind;
 use crate::journal::Write;
-use crate::ops::{self, NewContainer};
+use crate::ops;
 use crate::registry::PodHandle;
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, PodInfo, PodView};
@@ -102,7 +102,7 @@ pub enum Msg {
 /// How an operation ended.
 pub enum Done {
     /// CreateContainer, under the container's name key.
-    Created(String, Result<NewContainer>),
+    Created(String, Result<Box<ContainerInfo>>),
     /// Create and start of a task; init's pid.
     Started(String, Result<u32>),
     /// A stop: the container is dead, or not even SIGKILL could end it.

@@ -16,7 +16,9 @@ impl Owner {
     }
 
     pub(super) fn stop_pod(&mut self, reply: Reply<()>) {
-        if self.stop.is_none() && self.pod.state.phase == PodPhase::NotReady && self.slots.values().all(|s| s.is_quiet())
+        if self.stop.is_none()
+            && self.pod.state.phase == PodPhase::NotReady
+            && self.slots.values().all(|s| s.is_quiet())
         {
             let _ = reply.send(Ok(()));
             return;
