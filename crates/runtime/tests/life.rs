@@ -151,23 +151,33 @@ fn a_dead_daemon_harms_nobody(kind: Kind) {
     std::thread::sleep(Duration::from_millis(700));
     assert!(alive(lives) && alive(shim.pid));
     kill_9(other.pid);
+    // A daemon that died before its Create.
+    let halves = ["pod1", "pod2"].map(|pod| node.bundle(pod).join("tasks/half"));
+    halves.iter().for_each(|half| std::fs::create_dir_all(half.join("rootfs")).unwrap());
     node.start();
     let m = node.m().clone();
     let ask = |pod: &str, ids: &[&str]| RecoverPod {
         spec: node.pod(pod),
         containers: ids.iter().map(ToString::to_string).collect(),
     };
-    let asked = vec![ask("pod1", &["lives", "dies", "never-made"]), ask("pod2", &["lost"]), ask("pod4", &["gone"])];
+    let asked = vec![
+        ask("pod1", &["lives", "dies", "never-made", "half"]),
+        ask("pod2", &["lost", "half"]),
+        ask("pod4", &["gone"]),
+    ];
     let mut found = node.run(m.recover(asked)).into_iter().map(Result::unwrap);
     let pod1 = found.next().unwrap();
     assert_eq!(pod1.process, Some(shim));
     let of = |id: &str| pod1.containers.iter().find(|c| c.0 == id).unwrap().1.clone();
     assert_eq!(of("lives"), Some(TaskState::Running { pid: lives }));
     assert!(matches!(of("dies"), Some(TaskState::Stopped(c)) if c.status == ExitStatus::Code(6)));
-    assert_eq!(of("never-made"), None);
+    assert_eq!((of("never-made"), of("half")), (None, None));
     let pod2 = found.next().unwrap();
     assert_eq!(pod2.process, None);
-    assert!(matches!(&pod2.containers[0].1, Some(TaskState::Stopped(c)) if c.status.code() == 137));
+    let of = |id: &str| pod2.containers.iter().find(|c| c.0 == id).unwrap().1.clone();
+    assert!(matches!(of("lost"), Some(TaskState::Stopped(c)) if c.status.code() == 137));
+    assert_eq!(of("half"), None);
+    assert!(halves.iter().all(|half| !half.exists()));
     let pod4 = found.next().unwrap();
     assert_eq!((pod4.process, &pod4.containers[0].1), (None, &None));
     eventually("a pod that nobody knows is gone", || !alive(strange) && !alive(stranger.pid));
@@ -180,10 +190,11 @@ fn a_dead_daemon_harms_nobody(kind: Kind) {
     assert_eq!(said.stdout, "still here\n");
     node.run(m.kill_task("pod1", "lives", Signal::TERM, false, "a test")).unwrap();
     let end = loop {
-        // That of `dies` may come again: consumers are idempotent.
+        // That of `dies` may come again, and that of a pod that nobody knows:
+        // consumers are idempotent.
         match node.event() {
             RuntimeEvent::Exited { container, certificate, .. } if container == "lives" => break certificate,
-            RuntimeEvent::Exited { container, .. } if container == "dies" => {}
+            RuntimeEvent::Exited { container, .. } if container == "dies" || container == "strange" => {}
             other => panic!("unexpected {other:?}"),
         }
     };

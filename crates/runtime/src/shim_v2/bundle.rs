@@ -245,3 +245,63 @@ pub(crate) fn remove_socket(address: &str) {
         let _ = rustix::fs::unlinkat(CWD, path, AtFlags::empty());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+    use std::time::{Duration, SystemTime};
+    use types::ExitStatus;
+
+    fn mode(path: &Path) -> u32 {
+        path.metadata().unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn bundles_are_closed_but_for_a_mapped_root() {
+        let root = tempfile::tempdir().unwrap();
+        let spec = |gid| PodSpec { id: "p".into(), annotations: Default::default(), bundle_gid: gid };
+        let (plain, mapped) = (root.path().join("plain"), root.path().join("mapped"));
+        make_pod(&plain, &spec(None)).unwrap();
+        make_pod(&mapped, &spec(Some(4711))).unwrap();
+        make_task(&mapped.join("tasks/c"), Some(4711), "{}").unwrap();
+        assert_eq!((mode(&plain), mode(&plain.join("tasks"))), (0o700, 0o700));
+        for dir in ["", "tasks", "tasks/c"] {
+            let m = mapped.join(dir).metadata().unwrap();
+            assert_eq!((m.mode() & 0o7777, m.gid()), (0o710, 4711), "{dir}");
+        }
+        assert_eq!(mode(&mapped.join("tasks/c/config.json")), 0o600);
+        assert_eq!(mode(&mapped.join("log")), 0o600);
+        remove_pod(&mapped).unwrap();
+        remove_pod(&mapped).unwrap();
+        assert!(!mapped.exists());
+    }
+
+    #[test]
+    fn nothing_is_removed_through_what_is_no_empty_rootfs() {
+        let root = tempfile::tempdir().unwrap();
+        let task = root.path().join("c");
+        make_task(&task, None, "{}").unwrap();
+        std::fs::write(task.join("rootfs/precious"), "x").unwrap();
+        assert!(remove_task(&task).is_err());
+        assert!(task.join("rootfs/precious").exists());
+    }
+
+    #[test]
+    fn the_first_certificate_stands() {
+        let root = tempfile::tempdir().unwrap();
+        let end = |code, s| Certificate {
+            status: ExitStatus::Code(code),
+            exited_at: SystemTime::UNIX_EPOCH + Duration::from_secs(s),
+            oom_killed: false,
+            oom_cgroup: None,
+            killed_by: None,
+            peak_memory: None,
+        };
+        assert_eq!(certificate(root.path()), None);
+        assert_eq!(certify(root.path(), end(1, 1)), end(1, 1));
+        assert_eq!(certify(root.path(), end(2, 2)), end(1, 1));
+        std::fs::write(root.path().join("exit.json"), "{").unwrap();
+        assert_eq!(certificate(root.path()), None);
+    }
+}

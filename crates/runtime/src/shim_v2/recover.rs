@@ -140,22 +140,28 @@ impl Inner {
         Ok(Some(state))
     }
 
-    /// A container whose shim is dead, or that its shim does not know.
+    /// A container whose shim is dead, or that its shim does not know. `None`
+    /// where it was never made.
     async fn recover_dead(self: &Arc<Self>, pod: &Arc<Pod>, id: &str, wanted: bool) -> Option<TaskState> {
         let dir = self.layout.task(&pod.id, id);
         if !dir.exists() {
             return None;
         }
+        // The OCI runtimes keep a directory per container, from before the first
+        // process to their delete.
+        let known = self.cfg.runtime_root.join(&self.cfg.namespace).join(id).exists();
+        let made = known || bundle::certificate(&dir).is_some();
         let certificate = self.bury_task(&pod.id, id).await;
-        if !wanted {
-            if let Err(e) = blocking(move || bundle::remove_task(&dir)).await {
-                tracing::warn!(pod = pod.id, container = id, error = %e, "a dead container's bundle stays");
-            }
-            return None;
+        if wanted && made {
+            return pod.update(|s| {
+                let task = s.tasks.entry(id.to_string()).or_insert_with(|| Arc::new(Task::new(id)));
+                Some(TaskState::Stopped(task.bury(certificate)))
+            });
         }
-        pod.update(|s| {
-            let task = s.tasks.entry(id.to_string()).or_insert_with(|| Arc::new(Task::new(id)));
-            Some(TaskState::Stopped(task.bury(certificate)))
-        })
+        pod.update(|s| s.tasks.remove(id));
+        if let Err(e) = blocking(move || bundle::remove_task(&dir)).await {
+            tracing::warn!(pod = pod.id, container = id, error = %e, "a dead container's bundle stays");
+        }
+        None
     }
 }

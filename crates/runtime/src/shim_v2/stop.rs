@@ -7,6 +7,7 @@ use super::pod::{Phase, Pod, Turn};
 use super::rpc::{Fault, call};
 use super::shim::Shim;
 use super::start::{AFTER_KILL, kill_strays, load};
+use super::task::Task;
 use proto::containerd::task::v3::ShutdownRequest;
 use std::sync::Arc;
 use tokio::task::JoinSet;
@@ -56,12 +57,18 @@ impl Inner {
     async fn teardown(self: &Arc<Self>, pod: &Arc<Pod>, shim: Option<Arc<Shim>>) -> Vec<Error> {
         let mut errors = Vec::new();
         let dir = self.layout.pod(&pod.id);
+        // Those that only their bundles tell of have ends to report, too.
+        for id in self.known_tasks(pod) {
+            pod.update(|s| s.tasks.entry(id.clone()).or_insert_with(|| Arc::new(Task::found(&id))).is_made());
+        }
         let mut buried = true;
         if let Some(shim) = &shim {
             self.end_tasks(pod, shim).await;
             buried = self.shut_down(shim).await;
         }
-        kill_strays(&dir, &pod.id).await;
+        if buried {
+            kill_strays(&dir, &pod.id).await;
+        }
         for id in self.known_tasks(pod) {
             // Nothing is left of tasks that ended in order; the rest died with
             // the shim.

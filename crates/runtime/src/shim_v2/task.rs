@@ -41,6 +41,13 @@ impl Task {
         Self { id: id.to_string(), ..Self::default() }
     }
 
+    /// A task that an earlier daemon made.
+    pub(crate) fn found(id: &str) -> Self {
+        let task = Self::new(id);
+        task.set_made();
+        task
+    }
+
     pub(crate) fn is_made(&self) -> bool {
         self.made.load(Ordering::SeqCst)
     }
@@ -197,15 +204,16 @@ impl Inner {
         why: &str,
     ) -> Result<()> {
         let Some(entry) = self.find(pod) else { return Ok(()) };
-        let Some(task) = entry.task(id) else { return Ok(()) };
-        if task.exit().is_some() {
-            return Ok(());
-        }
+        // First the shim: one that is only found now brings its tasks along.
         let shim = match entry.shim(self).await {
             Ok(shim) => shim,
             Err(e) if e.is_not_found() => return Ok(()),
             Err(e) => return Err(e),
         };
+        let Some(task) = entry.task(id) else { return Ok(()) };
+        if task.exit().is_some() {
+            return Ok(());
+        }
         *task.killed.lock().unwrap_or_else(PoisonError::into_inner) = Some((signal, why.to_string()));
         let bound = self.cfg.timeouts.call;
         match kill(&shim, id, "", signal, all, bound).await {

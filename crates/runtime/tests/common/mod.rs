@@ -238,6 +238,10 @@ impl Drop for Node {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
         }
+        for pod in std::fs::read_dir(self.root.join("state/bundles")).into_iter().flatten().flatten() {
+            let address = std::fs::read_to_string(pod.path().join("address")).unwrap_or_default();
+            let _ = std::fs::remove_file(address.trim_start_matches("unix://"));
+        }
         let runc = self.root.join("runc").join(NAMESPACE);
         for id in std::fs::read_dir(&runc).into_iter().flatten().flatten() {
             let _ =
