@@ -205,6 +205,22 @@ fn a_dead_daemon_harms_nobody(kind: Kind) {
     node.assert_clean();
 }
 
+/// A command that exits at once: its exit is told, once, with its code, also
+/// where it comes before the answer to Start.
+fn no_quick_exit_is_lost(kind: Kind) {
+    let mut node = Node::new(kind);
+    let m = node.m().clone();
+    for n in 0..25 {
+        let (id, code) = (format!("c{n}"), n.to_string());
+        node.launch("pod1", &id, &["/bin/sh", "-c", &format!("exit {code}")]);
+        assert_eq!(node.exit_of(&id).status, ExitStatus::Code(n));
+        node.run(m.delete_task("pod1", &id)).unwrap();
+        node.no_event();
+    }
+    node.run(m.stop_pod("pod1")).unwrap();
+    node.assert_clean();
+}
+
 /// SIGSTOP makes a shim hang: calls to it end at their bounds, also after a
 /// restart of the daemon, and SIGCONT heals it.
 fn a_shim_that_hangs_harms_its_own_pod_only(kind: Kind) {
@@ -276,7 +292,8 @@ both!(
     a_dead_shim_is_buried_and_replaced,
     a_dead_daemon_harms_nobody,
     a_shim_that_hangs_harms_its_own_pod_only,
-    a_log_is_reopened
+    a_log_is_reopened,
+    no_quick_exit_is_lost
 );
 
 /// A shim that can't start: a script in its place.

@@ -38,6 +38,19 @@ pub(crate) fn place(dirs: &[PathBuf], pid: u32) {
     }
 }
 
+/// Removes the shims' cgroup and those that it was made in, as far as they are
+/// empty: the kernel refuses the others.
+pub(crate) fn release(dirs: &[PathBuf], cgroup: &str) {
+    let depth = cgroup.split('/').filter(|p| !p.is_empty() && *p != "..").count();
+    for dir in dirs {
+        for each in dir.ancestors().take(depth) {
+            if fs::remove_dir(each).is_err() {
+                break;
+            }
+        }
+    }
+}
+
 fn hierarchies(mounts: &str) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = Vec::new();
     for line in mounts.lines() {

@@ -106,6 +106,13 @@ impl ShimManager {
         self.inner.find(pod)?.up().map(|s| s.pid)
     }
 
+    /// Before the daemon's end: takes back the shims' cgroup where no shim is left.
+    pub fn release(&self) {
+        if let Some(cgroup) = &self.inner.cfg.shim_cgroup {
+            cgroup::release(&self.inner.cgroups, cgroup);
+        }
+    }
+
     /// What the manager does now, a sentence each with its age: for people who
     /// wonder what is stuck.
     pub fn waiting(&self) -> Vec<String> {
