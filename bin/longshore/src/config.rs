@@ -111,8 +111,14 @@ pub struct ImagesConfig {
 pub struct Registry {
     /// Base URLs, asked first, in order.
     pub mirrors: Vec<String>,
+    /// Never the registry itself.
+    pub mirror_only: bool,
     /// http instead of https.
     pub plain_http: bool,
+    /// https without a look at the certificate.
+    pub insecure_skip_verify: bool,
+    /// Certificate authorities beside the node's own, as PEM.
+    pub ca_file: Option<PathBuf>,
 }
 
 impl Config {

@@ -90,7 +90,7 @@ async fn serve(config: Config) -> Result<()> {
         config: pods_config(&config)?,
         journal: pods::Journal::start(store.clone()),
         store: store.clone(),
-        runtime,
+        runtime: runtime.clone(),
         images: images.clone(),
         snapshots,
         sandboxes: pods::sandbox::Sandboxes::prepare(pods::sandbox::SandboxDirs {
@@ -130,6 +130,7 @@ async fn serve(config: Config) -> Result<()> {
     };
     cri::serve(Cri { pods: pods.clone(), images, node: Arc::new(node) }, listener, stop).await?;
     pods.close().await;
+    runtime.release(spec::OWN_PARENT);
     let _ = std::fs::remove_file(&config.socket);
     drop(pods);
     store.close();
@@ -195,8 +196,13 @@ fn find_binary(configured: &Path, name: &str) -> Result<PathBuf> {
 
 fn images_config(config: &Config) -> images::ImagesConfig {
     let registries = config.images.registries.iter().map(|(host, r)| {
-        let registry =
-            images::RegistryConfig { mirrors: r.mirrors.clone(), plain_http: r.plain_http, ..Default::default() };
+        let registry = images::RegistryConfig {
+            mirrors: r.mirrors.clone(),
+            mirror_only: r.mirror_only,
+            plain_http: r.plain_http,
+            insecure_skip_verify: r.insecure_skip_verify,
+            ca_file: r.ca_file.clone(),
+        };
         (host.clone(), registry)
     });
     images::ImagesConfig {

@@ -40,7 +40,7 @@ pub use pod::{
     sysctl_namespace, user_namespace,
 };
 pub use process::{exec_process, exec_process_json, stop_signal};
-pub use resources::{apply_update, cgroups_path, linux_resources};
+pub use resources::{OWN_PARENT, apply_update, cgroups_path, linux_resources};
 pub use seccomp::default_profile as default_seccomp_profile;
 pub use security::{DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, seccomp_profile_path};
 pub use user::{IdOrName, LARGEST_FILE, PasswdEntry, ResolvedUser, RootfsFacts, UserRequest, resolve, user_request};

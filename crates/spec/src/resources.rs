@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use types::{Error, Result, ResultExt};
 
 /// Where containers go whose pod names no cgroup parent.
-const OWN_PARENT: &str = "/longshore/pods";
+pub const OWN_PARENT: &str = "/longshore/pods";
 /// The same in systemd's tree.
 const OWN_SLICE: &str = "longshore.slice";
 

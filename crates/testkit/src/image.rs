@@ -49,9 +49,14 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// An entry of type `kind` owned by root, 0755 for directories, else 0644.
+    /// An entry of type `kind` owned by root, 0755 for directories and hard links, else 0644.
     pub fn new(path: &str, kind: tar::EntryType) -> Self {
-        let mode = if kind == tar::EntryType::Directory { 0o755 } else { 0o644 };
+        // A link's mode becomes its file's in containerd: the usual archiver writes
+        // the same one in both.
+        let mode = match kind {
+            tar::EntryType::Directory | tar::EntryType::Link => 0o755,
+            _ => 0o644,
+        };
         Self {
             path: path.into(),
             kind,

@@ -38,13 +38,14 @@ pub(crate) fn place(dirs: &[PathBuf], pid: u32) {
     }
 }
 
-/// Removes the shims' cgroup and those that it was made in, as far as they are
-/// empty: the kernel refuses the others.
-pub(crate) fn release(dirs: &[PathBuf], cgroup: &str) {
-    let depth = cgroup.split('/').filter(|p| !p.is_empty() && *p != "..").count();
-    for dir in dirs {
-        for each in dir.ancestors().take(depth) {
-            if fs::remove_dir(each).is_err() {
+/// Removes `cgroup` and those that it was made in from every hierarchy, as far as
+/// they are empty: the kernel refuses the others.
+pub(crate) fn release(cgroup: &str) {
+    let Ok(mounts) = fs::read_to_string("/proc/self/mounts") else { return };
+    let inside = Path::new(cgroup.trim_start_matches('/'));
+    for root in hierarchies(&mounts) {
+        for part in inside.ancestors().filter(|p| !p.as_os_str().is_empty()) {
+            if fs::remove_dir(root.join(part)).is_err() {
                 break;
             }
         }

@@ -106,10 +106,12 @@ impl ShimManager {
         self.inner.find(pod)?.up().map(|s| s.pid)
     }
 
-    /// Before the daemon's end: takes back the shims' cgroup where no shim is left.
-    pub fn release(&self) {
+    /// Before the daemon's end: takes back the cgroup `containers`, which runtimes
+    /// make for pods that name none, and that of the shims, where they are empty.
+    pub fn release(&self, containers: &str) {
+        cgroup::release(containers);
         if let Some(cgroup) = &self.inner.cfg.shim_cgroup {
-            cgroup::release(&self.inner.cgroups, cgroup);
+            cgroup::release(cgroup);
         }
     }
 
