@@ -34,9 +34,8 @@ pub fn check_identifier(what: &str, id: &str) -> Result<()> {
     if id.len() > LONGEST {
         return Err(Error::invalid(format!("{what} {shown:?}… is longer than {LONGEST} bytes")));
     }
-    let whole_parts = id
-        .split(['.', '_', '-'])
-        .all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric()));
+    let whole_parts =
+        id.split(['.', '_', '-']).all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric()));
     if whole_parts {
         Ok(())
     } else {

@@ -101,7 +101,8 @@ mod tests {
 
     #[test]
     fn names_are_read_in_every_habit() {
-        for (text, n) in [("TERM", 15), ("SIGKILL", 9), ("sigusr1", 10), ("3", 3), ("RTMIN+3", 37), ("SIGRTMAX-2", 62)] {
+        for (text, n) in [("TERM", 15), ("SIGKILL", 9), ("sigusr1", 10), ("3", 3), ("RTMIN+3", 37), ("SIGRTMAX-2", 62)]
+        {
             assert_eq!(text.parse::<Signal>().unwrap().number(), n, "{text}");
         }
         for bad in ["", "0", "65", "NOPE", "RTMIN+40", "RTMAX-99", "SIG"] {
