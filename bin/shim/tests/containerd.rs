@@ -100,8 +100,11 @@ impl Containerd {
         let dir = tempfile::Builder::new().prefix("lsc").tempdir().unwrap();
         std::fs::create_dir(dir.path().join("bin")).unwrap();
         let name = "containerd-shim-longshore-v2";
-        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_containerd-shim-longshore-v2"), dir.path().join("bin").join(name))
-            .unwrap();
+        std::os::unix::fs::symlink(
+            env!("CARGO_BIN_EXE_containerd-shim-longshore-v2"),
+            dir.path().join("bin").join(name),
+        )
+        .unwrap();
         let archive = image(dir.path());
         let daemon = daemon(dir.path());
         let c = Self { dir, daemon };

@@ -163,7 +163,8 @@ async fn join_all<F: Future<Output = ()>>(mut all: Vec<std::pin::Pin<Box<F>>>) {
 #[tokio::test]
 async fn without_a_pid_namespace_what_remains_is_killed_and_init_s_exit_is_last() {
     let shim = Shim::start().await;
-    let shape = Shape { private_pids: false, args: sh("sleep 1000 & sleep 1000 & sleep 0.5; exit 4"), ..Shape::default() };
+    let shape =
+        Shape { private_pids: false, args: sh("sleep 1000 & sleep 1000 & sleep 0.5; exit 4"), ..Shape::default() };
     let b = Bundle::new(&shape);
     shim.create(&b, Io::default()).await.unwrap();
     shim.start_task(&b).await.unwrap();
@@ -176,8 +177,7 @@ async fn without_a_pid_namespace_what_remains_is_killed_and_init_s_exit_is_last(
     assert_eq!(shim.wait(&b, "a").await.unwrap(), 137);
     shim.delete(&b, "").await.unwrap();
     let seen = shim.events_until(&b, "/tasks/delete").await;
-    let exits: Vec<(&str, u32)> =
-        seen.iter().filter(|s| s.0 == "/tasks/exit").map(|s| (s.2.as_str(), s.3)).collect();
+    let exits: Vec<(&str, u32)> = seen.iter().filter(|s| s.0 == "/tasks/exit").map(|s| (s.2.as_str(), s.3)).collect();
     assert_eq!(exits.len(), 3);
     assert_eq!(exits[2], ("", 4), "{exits:?}");
 }
@@ -352,4 +352,99 @@ async fn after_kill_9_delete_cleans_up_and_tells_the_exit() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     panic!("init {pid} is still alive");
+}
+
+#[tokio::test]
+async fn exits_of_execs_precede_init_s_under_load() {
+    let shim = Shim::start().await;
+    for round in 0..3 {
+        let b = Bundle::new(&Shape { private_pids: round != 1, ..Shape::default() });
+        shim.create(&b, Io::default()).await.unwrap();
+        shim.start_task(&b).await.unwrap();
+        let mut all = Vec::new();
+        for n in 0..40 {
+            let (shim, b) = (&shim, &b);
+            all.push(Box::pin(async move {
+                // Some are refused, because init is being killed meanwhile.
+                let _ = shim.exec(b, &format!("e{n}"), &sh("sleep 1000"), Io::default()).await;
+            }));
+        }
+        let killer = async {
+            tokio::time::sleep(Duration::from_millis(150)).await;
+            shim.kill(&b, "", 9).await.unwrap();
+        };
+        tokio::join!(join_all(all), killer);
+        assert_eq!(shim.wait(&b, "").await.unwrap(), 137);
+        shim.delete(&b, "").await.unwrap();
+        let seen = shim.events_until(&b, "/tasks/delete").await;
+        let count = |topic: &str| seen.iter().filter(|s| s.0 == topic).count();
+        assert_eq!(count("/tasks/exit"), count("/tasks/exec-started") + 1);
+        let exits: Vec<_> = seen.iter().filter(|s| s.0 == "/tasks/exit").collect();
+        assert_eq!(exits.last().unwrap().2, "", "init's exit is the last");
+    }
+}
+
+#[tokio::test]
+async fn cve_2024_21626_no_descriptor_reaches_the_container() {
+    let shim = Shim::start().await;
+    let list = "for f in /proc/self/fd/*; do test -e $f && echo ${f##*/}; done; sleep 1000";
+    let b = Bundle::new(&Shape { args: sh(list), ..Shape::default() });
+    let (out, exec_out) = (Fifo::new(b.path(), "o"), Fifo::new(b.path(), "e"));
+    shim.create(&b, Io { stdout: out.uri(), ..Io::default() }).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    shim.exec(&b, "x", &sh(&list.replace("sleep 1000", "")), Io { stdout: exec_out.uri(), ..Io::default() })
+        .await
+        .unwrap();
+    shim.wait(&b, "x").await.unwrap();
+    shim.kill(&b, "", 9).await.unwrap();
+    shim.wait(&b, "").await.unwrap();
+    for text in [out.text().await, exec_out.text().await] {
+        assert_eq!(text, "0\n1\n2\n");
+    }
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn cve_2022_23471_failed_terminal_execs_leak_nothing() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let count = |what: &str| std::fs::read_dir(format!("/proc/{}/{what}", shim.pid)).unwrap().count();
+    let out = Fifo::new(b.path(), "o");
+    let mut before = (0, 0);
+    for n in 0..30 {
+        let exec = format!("e{n}");
+        let io = Io { stdout: out.uri(), terminal: true, ..Io::default() };
+        shim.exec(&b, &exec, &["/bin/nope".to_string()], io).await.unwrap_err();
+        shim.delete(&b, &exec).await.unwrap();
+        if n == 4 {
+            before = (count("fd"), count("task"));
+        }
+    }
+    assert_eq!((count("fd"), count("task")), before);
+    assert_eq!(std::fs::read_dir(shim.dir.path().join("s")).unwrap().count(), 1, "only the shim's own socket is left");
+    shim.kill(&b, "", 9).await.unwrap();
+    shim.wait(&b, "").await.unwrap();
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn cve_2020_15257_the_socket_is_a_file_that_is_closed_to_others() {
+    use std::os::unix::fs::PermissionsExt;
+    let shim = Shim::start().await;
+    let socket = shim.dir.path().join("s/shim.sock");
+    assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(socket.parent().unwrap().metadata().unwrap().permissions().mode() & 0o777, 0o700);
+    let inodes: Vec<String> = std::fs::read_dir(format!("/proc/{}/fd", shim.pid))
+        .unwrap()
+        .filter_map(|e| Some(std::fs::read_link(e.ok()?.path()).ok()?.display().to_string()))
+        .filter_map(|l| Some(l.strip_prefix("socket:[")?.trim_end_matches(']').to_string()))
+        .collect();
+    for line in std::fs::read_to_string("/proc/net/unix").unwrap().lines().skip(1) {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        if fields.get(6).is_some_and(|i| inodes.iter().any(|x| x == i)) {
+            assert!(!fields.get(7).is_some_and(|p| p.starts_with('@')), "abstract: {line}");
+        }
+    }
 }

@@ -104,9 +104,9 @@ impl Cgroup {
 
     /// The directory whose members are the container's.
     fn members(&self) -> Option<&Path> {
-        self.v2.as_deref().or_else(|| {
-            ["pids", "freezer", "memory", "systemd", "devices", "cpu"].into_iter().find_map(|n| self.v1(n))
-        })
+        self.v2
+            .as_deref()
+            .or_else(|| ["pids", "freezer", "memory", "systemd", "devices", "cpu"].into_iter().find_map(|n| self.v1(n)))
     }
 
     /// Every process in it and below it, as numbers of our namespace.

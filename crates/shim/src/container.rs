@@ -128,6 +128,8 @@ pub(crate) struct Owner {
     pub(crate) record: TaskRecord,
     pub(crate) tx: Handle,
     pub(crate) dying_since: Option<Instant>,
+    /// How many strikes of the OOM killer have been published.
+    pub(crate) oom_told: u64,
     /// Who waits for the container to be deleted; at most one.
     pub(crate) deleting: Option<Reply<(i32, Certificate)>>,
 }
@@ -161,6 +163,7 @@ impl Owner {
             record,
             tx: tx.clone(),
             dying_since: None,
+            oom_told: 0,
             deleting: None,
         };
         owner.watch_init();
@@ -266,9 +269,7 @@ impl Owner {
             }
             Msg::KillAgain => self.kill_remaining(),
             Msg::PauseDone(on, result, reply) => self.pause_done(on, result, reply),
-            Msg::OomKill => {
-                self.shared.events.publish(&Event::Oom(ev::TaskOom { container_id: self.id.clone() }));
-            }
+            Msg::OomKill => self.tell_oom(),
             // Handled by `run`, which it ends.
             Msg::Deleted(_) => {}
         }
@@ -388,8 +389,18 @@ impl Owner {
         self.later(Duration::from_millis(100), Msg::KillAgain);
     }
 
+    /// Publishes TaskOOM once per strike, whoever has noticed it first.
+    fn tell_oom(&mut self) {
+        let kills = self.cgroup.oom_kills();
+        if kills > self.oom_told {
+            self.oom_told = kills;
+            self.shared.events.publish(&Event::Oom(ev::TaskOom { container_id: self.id.clone() }));
+        }
+    }
+
     fn init_reaped(&mut self, status: Status) {
         let oom = self.cgroup.oom_kills() > 0;
+        self.tell_oom();
         let exit = Certificate {
             oom_killed: oom,
             oom_cgroup: oom.then(|| self.cgroup.name()).flatten(),
@@ -407,8 +418,7 @@ impl Owner {
 
     fn exec_reaped(&mut self, exec: &str, status: Status) {
         let sent = self.execs.get(exec).and_then(|p| p.killed_by);
-        let exit =
-            Certificate { killed_by: killed_by(sent, status), ..crate::state::plain(status.status, status.at) };
+        let exit = Certificate { killed_by: killed_by(sent, status), ..crate::state::plain(status.status, status.at) };
         let actions = self.machine.exec_reaped(exec, exit);
         self.apply(actions);
     }

@@ -93,9 +93,14 @@ impl Owner {
         match process.and_then(|p| p.io) {
             // What the process wrote last may still be on its way.
             Some(io) => {
+                let last = self.execs.is_empty();
                 tokio::spawn(async move {
                     io.drain(DRAIN).await;
                     let _ = reply.send(gone);
+                    // After a burst of execs its memory goes back to the kernel.
+                    if last {
+                        sys::malloc::trim();
+                    }
                 });
             }
             None => {
@@ -193,8 +198,7 @@ impl Job {
 
     async fn launch(&self, document: &Path) -> Result<(Child, Io)> {
         // Queueing counts towards the caller's bound, not towards the runtime's.
-        let _permit =
-            self.shared.permits.acquire().await.map_err(|_| Error::unavailable("the shim is stopping"))?;
+        let _permit = self.shared.permits.acquire().await.map_err(|_| Error::unavailable("the shim is stopping"))?;
         write_new(document, &self.new.spec)?;
         let (writer, sockets) = (&self.shared.writer, &self.shared.settings.sockets);
         let mut prepared = streams::prepare(&self.new.wanted, self.habits, writer, sockets).await?;

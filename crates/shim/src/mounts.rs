@@ -115,7 +115,8 @@ fn mount_one(root: &Path, m: &proto::containerd::types::Mount) -> Result<()> {
         return Err(Error::unimplemented(format!("{}: option {:?} is not served", what(), p.data)));
     }
     if p.bind.is_some() || m.r#type == "bind" {
-        let bound = if p.bind == Some(true) { mount_bind_recursive(&m.source, root) } else { mount_bind(&m.source, root) };
+        let bound =
+            if p.bind == Some(true) { mount_bind_recursive(&m.source, root) } else { mount_bind(&m.source, root) };
         bound.context(what)?;
         if !p.flags.is_empty() {
             mount_remount(root, p.flags | MountFlags::BIND, c"").context(what)?;
@@ -154,9 +155,9 @@ fn shorten(kind: &str, options: &[String]) -> (Option<PathBuf>, String) {
     let Some(lower) = options.iter().find_map(|o| o.strip_prefix("lowerdir=")) else { return (None, joined) };
     let layers: Vec<&str> = lower.split(':').collect();
     let first = layers[0];
-    let common = layers.iter().fold(first.len(), |n, l| {
-        first.bytes().zip(l.bytes()).take(n).take_while(|(a, b)| a == b).count()
-    });
+    let common = layers
+        .iter()
+        .fold(first.len(), |n, l| first.bytes().zip(l.bytes()).take(n).take_while(|(a, b)| a == b).count());
     let Some(slash) = first[..common].rfind('/').filter(|n| *n > 0) else { return (None, joined) };
     let relative: Vec<&str> = layers.iter().map(|l| &l[slash + 1..]).collect();
     let lower = format!("lowerdir={}", relative.join(":"));

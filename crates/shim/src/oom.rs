@@ -16,6 +16,10 @@ pub struct Watch {
     seen: u64,
 }
 
+/// On v1 the eventfd speaks before the killer has counted its victim.
+const RECHECKS: u32 = 5;
+const RECHECK: std::time::Duration = std::time::Duration::from_millis(20);
+
 impl Watch {
     /// Begins to watch.
     ///
@@ -54,10 +58,13 @@ impl Watch {
                 while rustix::io::read(self.fd.get_ref(), &mut buffer).is_ok() {}
                 ready.clear_ready();
             }
-            let now = self.cgroup.oom_kills();
-            if now > self.seen {
-                self.seen = now;
-                return Some(());
+            for _ in 0..RECHECKS {
+                let now = self.cgroup.oom_kills();
+                if now > self.seen {
+                    self.seen = now;
+                    return Some(());
+                }
+                tokio::time::sleep(RECHECK).await;
             }
             // The removal of the cgroup wakes us as well.
             let dir = self.cgroup.v2().or_else(|| self.cgroup.v1("memory"))?;

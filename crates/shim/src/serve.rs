@@ -1,9 +1,9 @@
 //! A shim's life: from an open socket to Shutdown.
 
+use crate::log;
 use crate::private::Private;
 use crate::service::Tasks;
 use crate::shared::{Settings, Shared};
-use crate::log;
 use oci::Children;
 use proto::containerd::task::v3::register_task;
 use proto::longshore_shim::{LongshoreClient, register_longshore};
@@ -17,8 +17,7 @@ use types::{Result, ResultExt};
 /// # Errors
 /// Where this process can't become a subreaper or serve at all.
 pub async fn serve(listener: UnixListener, settings: Settings) -> Result<()> {
-    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
-        .context(|| "become a subreaper".into())?;
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context(|| "become a subreaper".into())?;
     let children = Children::new();
     let sweeper = children.clone();
     tokio::spawn(async move {
@@ -41,8 +40,8 @@ pub async fn serve(listener: UnixListener, settings: Settings) -> Result<()> {
     // Nobody but a caller's Shutdown ends a shim: it outlives its daemon.
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
         .context(|| "ignore SIGTERM".into())?;
-    let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())
-        .context(|| "ignore SIGINT".into())?;
+    let mut interrupt =
+        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt()).context(|| "ignore SIGINT".into())?;
     loop {
         tokio::select! {
             () = shared.stop.notified() => break,

@@ -52,20 +52,13 @@ impl Tasks {
         let details = |exec_id: String| {
             proto::pack("containerd.runc.v1.ProcessDetails", &proto::containerd::runc::v1::ProcessDetails { exec_id })
         };
-        Ok(pids
-            .into_iter()
-            .map(|(pid, exec)| ProcessInfo { pid: wire::pid(pid), info: exec.map(details) })
-            .collect())
+        Ok(pids.into_iter().map(|(pid, exec)| ProcessInfo { pid: wire::pid(pid), info: exec.map(details) }).collect())
     }
 }
 
 #[async_trait]
 impl Task for Tasks {
-    async fn create(
-        &self,
-        _: &TtrpcContext,
-        req: task::CreateTaskRequest,
-    ) -> ttrpc::Result<task::CreateTaskResponse> {
+    async fn create(&self, _: &TtrpcContext, req: task::CreateTaskRequest) -> ttrpc::Result<task::CreateTaskResponse> {
         // A task of its own: once begun, a creation ends or is undone.
         let made = tokio::spawn(setup::create(self.shared.clone(), req)).await;
         let pid = made.unwrap_or_else(|e| Err(Error::internal("create").because(e))).map_err(wire::error)?;
@@ -91,8 +84,7 @@ impl Task for Tasks {
     async fn exec(&self, _: &TtrpcContext, req: task::ExecProcessRequest) -> ttrpc::Result<()> {
         types::check_identifier("exec id", &req.exec_id).map_err(wire::error)?;
         let (spec, labelled) = exec_spec(&req).map_err(wire::error)?;
-        let wanted =
-            Wanted { stdin: req.stdin, stdout: req.stdout, stderr: req.stderr, terminal: req.terminal };
+        let wanted = Wanted { stdin: req.stdin, stdout: req.stdout, stderr: req.stderr, terminal: req.terminal };
         let new = NewExec { id: req.exec_id, wanted, spec, labelled };
         self.shared.ask(&req.id, |r| Msg::Exec(new, r)).await.map_err(wire::error)
     }
@@ -187,11 +179,7 @@ impl Task for Tasks {
             Ok(seen) => wire::pid(seen.pid),
             Err(_) => 0,
         };
-        Ok(task::ConnectResponse {
-            shim_pid: std::process::id(),
-            task_pid,
-            version: env!("CARGO_PKG_VERSION").into(),
-        })
+        Ok(task::ConnectResponse { shim_pid: std::process::id(), task_pid, version: env!("CARGO_PKG_VERSION").into() })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: task::ShutdownRequest) -> ttrpc::Result<()> {

@@ -21,8 +21,13 @@ enum Init {
     Starting,
     Running,
     /// Reaped; `starting` while the answer to Start is still awaited.
-    Dying { exit: Certificate, starting: bool },
-    Exited { exit: Certificate },
+    Dying {
+        exit: Certificate,
+        starting: bool,
+    },
+    Exited {
+        exit: Certificate,
+    },
 }
 
 /// An exec.
@@ -30,10 +35,17 @@ enum Init {
 enum Exec {
     Added,
     Starting,
-    Running { pid: i32 },
-    Exited { pid: i32, exit: Certificate },
+    Running {
+        pid: i32,
+    },
+    Exited {
+        pid: i32,
+        exit: Certificate,
+    },
     /// It never ran, or nobody waits for its start any longer.
-    Failed { at: std::time::SystemTime },
+    Failed {
+        at: std::time::SystemTime,
+    },
 }
 
 /// What others see of a process.
@@ -137,10 +149,7 @@ impl Machine {
 
     /// The execs for which init's exit is held back.
     pub fn unfinished(&self) -> impl Iterator<Item = &str> {
-        self.execs
-            .iter()
-            .filter(|(_, e)| matches!(e, Exec::Starting | Exec::Running { .. }))
-            .map(|(id, _)| id.as_str())
+        self.execs.iter().filter(|(_, e)| matches!(e, Exec::Starting | Exec::Running { .. })).map(|(id, _)| id.as_str())
     }
 
     /// Whether init's exit waits to be published.
@@ -427,10 +436,7 @@ mod tests {
         assert!(e.to_string().contains("container c init process is not running"), "{e}");
         assert!(m.delete_exec("late", now).is_ok());
         assert_eq!(m.exec_done("b", None, now).len(), 1, "a failed start counts as gone, but a still runs");
-        assert_eq!(
-            m.exec_reaped("a", died(137)),
-            [Action::ExecExit("a".into(), 11, died(137)), Action::Exit(died(0))]
-        );
+        assert_eq!(m.exec_reaped("a", died(137)), [Action::ExecExit("a".into(), 11, died(137)), Action::Exit(died(0))]);
     }
 
     #[test]

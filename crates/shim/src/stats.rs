@@ -142,9 +142,10 @@ fn io_v2(text: &str) -> Vec<v2::IoEntry> {
 
 fn metrics_v1(c: &Cgroup) -> v1::Metrics {
     v1::Metrics {
-        pids: c
-            .v1("pids")
-            .map(|d| v1::PidsStat { current: number(&d.join("pids.current")).unwrap_or(0), limit: pids_limit(&d.join("pids.max")) }),
+        pids: c.v1("pids").map(|d| v1::PidsStat {
+            current: number(&d.join("pids.current")).unwrap_or(0),
+            limit: pids_limit(&d.join("pids.max")),
+        }),
         cpu: c.v1("cpuacct").map(|acct| cpu_v1(acct, c.v1("cpu"))),
         memory: c.v1("memory").map(memory_v1),
         blkio: c.v1("blkio").map(|d| v1::BlkIoStat {

@@ -333,3 +333,54 @@ impl Prepared {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::Write;
+
+    async fn text(path: &Path) -> Vec<u8> {
+        let mut sink = stdio::Capped::new(1 << 20);
+        stdio::collect(fifo::open_reader(path).unwrap(), &mut sink).await.unwrap();
+        sink.into_kept()
+    }
+
+    #[tokio::test]
+    async fn a_labelled_process_gets_pipes_and_its_bytes_arrive() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, input) = (dir.path().join("o"), dir.path().join("i"));
+        fifo::make(&out).unwrap();
+        fifo::make(&input).unwrap();
+        let wanted = Wanted {
+            stdin: input.display().to_string(),
+            stdout: out.display().to_string(),
+            ..Wanted::default()
+        };
+        let habits = Habits { labelled: true, ..Habits::default() };
+        let mut p = prepare(&wanted, habits, &SharedWriter::default(), dir.path()).await.unwrap();
+        let process = std::mem::take(&mut p.stdio);
+        let mut io = p.attach(&SharedWriter::default()).await.unwrap();
+        let mut stdout = File::from(process.stdout.unwrap());
+        assert!(std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&stdout)))
+            .unwrap()
+            .to_string_lossy()
+            .starts_with("pipe:"));
+        stdout.write_all(b"through a pipe").unwrap();
+        drop(stdout);
+        assert_eq!(text(&out).await, b"through a pipe");
+        std::fs::write(&input, "in").unwrap();
+        io.close_stdin();
+        let mut sink = stdio::Capped::new(10);
+        stdio::collect(process.stdin.unwrap(), &mut sink).await.unwrap();
+        assert_eq!(sink.into_kept(), b"in");
+        io.drain(Duration::from_secs(1)).await;
+    }
+
+    #[tokio::test]
+    async fn only_a_fifo_can_be_input() {
+        let wanted = Wanted { stdin: "file:///x".into(), ..Wanted::default() };
+        let e = prepare(&wanted, Habits::default(), &SharedWriter::default(), Path::new("/tmp")).await.err().unwrap();
+        assert!(e.to_string().contains("file:///x"), "{e}");
+    }
+}

@@ -67,7 +67,7 @@ async fn one(n: usize, runtime: Arc<Command>, bundle: Arc<Bundle>) {
     let reading = tokio::spawn(async move {
         let mut sink = Capped::new(1 << 20);
         // A sleep that outlives its shell (kind 4) holds the pipe for 100 s.
-        let bound = Duration::from_secs(if n % 5 == 4 { 3 } else { 60 });
+        let bound = Duration::from_millis(if n % 5 == 4 { 1000 } else { 60_000 });
         let ended = tokio::time::timeout(bound, stdio::collect(read, &mut sink)).await;
         assert_eq!(ended.is_ok(), n % 5 != 4, "exec {n}: the end of its stream");
         sink.into_kept()
