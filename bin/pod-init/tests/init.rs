@@ -41,10 +41,8 @@ fn it_reaps_orphans_and_ends_on_sigterm() {
     eventually("the init starts", || !children(ns.0.id()).is_empty());
     let init = children(ns.0.id())[0];
     std::thread::sleep(Duration::from_millis(100));
-    let orphan = Command::new("nsenter")
-        .args(["-t", &init.to_string(), "--pid", "sh", "-c", "(sleep 0.3 &)"])
-        .status()
-        .unwrap();
+    let orphan =
+        Command::new("nsenter").args(["-t", &init.to_string(), "--pid", "sh", "-c", "(sleep 0.3 &)"]).status().unwrap();
     assert!(orphan.success());
     eventually("the orphan comes to the init", || !children(init).is_empty());
     eventually("it is reaped", || children(init).is_empty());

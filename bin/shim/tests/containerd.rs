@@ -92,6 +92,7 @@ fn daemon(dir: &Path) -> Child {
         std::thread::sleep(Duration::from_millis(50));
     }
     let _ = child.kill();
+    let _ = child.wait();
     panic!("containerd does not come up: {}", std::fs::read_to_string(dir.join("log")).unwrap());
 }
 

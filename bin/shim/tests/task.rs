@@ -31,13 +31,15 @@ async fn a_container_lives_and_dies_with_all_its_events() {
     assert_eq!(topics(&seen), ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
     assert_eq!(seen[2].3, 7);
     assert_eq!(code(&shim.state(&b).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+    let began = Instant::now();
     shim.task.shutdown(CALL, task::ShutdownRequest::default()).await.unwrap();
-    for _ in 0..100 {
+    for _ in 0..1000 {
         if !shim.alive() {
+            eprintln!("ended {:?} after Shutdown", began.elapsed());
             assert!(!shim.dir.path().join("s/shim.sock").exists(), "the socket is removed");
             return;
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
     panic!("the shim has not ended");
 }

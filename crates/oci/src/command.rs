@@ -32,13 +32,16 @@ pub struct Config {
     pub no_pivot: bool,
     /// `create --no-new-keyring`.
     pub no_new_keyring: bool,
-    /// The longest that a call may take; `create` and `exec` may wait for cold
-    /// disks, the others don't.
+    /// The longest that `create` and `exec` may take, which may wait for cold
+    /// disks; the others get at most [`SHORT`].
     pub deadline: Duration,
 }
 
+/// The longest that a call may take that waits for no disk.
+pub const SHORT: Duration = Duration::from_secs(20);
+
 impl Config {
-    /// Defaults for a binary: its own state directory, 60 s per call.
+    /// Defaults for a binary: its own state directory, 60 s for the longest calls.
     pub fn new(binary: impl Into<PathBuf>, scratch: impl Into<PathBuf>) -> Self {
         Self {
             binary: binary.into(),
@@ -116,7 +119,9 @@ impl Command {
         drop(command);
         let pid = i32::try_from(spawned?.id()).unwrap_or(-1);
         let child = self.children.adopt(pid)?;
-        let status = match tokio::time::timeout(self.config.deadline, child.wait()).await {
+        let deadline =
+            if matches!(verb, "create" | "exec") { self.config.deadline } else { self.config.deadline.min(SHORT) };
+        let status = match tokio::time::timeout(deadline, child.wait()).await {
             Ok(s) => s.status,
             Err(_) => {
                 let _ = child.signal(Signal::KILL);
@@ -125,7 +130,7 @@ impl Command {
                 return Err(Error::deadline(format!(
                     "{} {verb} took longer than {} s and was killed",
                     self.name(),
-                    self.config.deadline.as_secs()
+                    deadline.as_secs()
                 )));
             }
         };
@@ -290,4 +295,3 @@ fn read_capped(path: &Path) -> String {
     }
     String::from_utf8_lossy(&bytes).into_owned()
 }
-

@@ -57,8 +57,7 @@ fn unfit(name: &str, layout: Layout) -> Option<&'static str> {
 
 /// An executable by name (in PATH, then in the usual places) or path.
 pub fn find_binary(name: &str) -> Option<PathBuf> {
-    let executable =
-        |p: &Path| p.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
+    let executable = |p: &Path| p.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
     if name.contains('/') {
         return Some(PathBuf::from(name)).filter(|p| executable(p));
     }

@@ -93,7 +93,10 @@ mod tests {
             ("os: process already finished", ErrorKind::NotFound),
             ("container with given ID already exists", ErrorKind::AlreadyExists),
             ("cannot exec in a stopped container", ErrorKind::FailedPrecondition),
-            ("runc create failed: unable to start container process: exec: \"nope\": executable file not found in $PATH", ErrorKind::InvalidArgument),
+            (
+                "runc create failed: unable to start container process: exec: \"nope\": executable file not found in $PATH",
+                ErrorKind::InvalidArgument,
+            ),
             ("something else", ErrorKind::Internal),
         ] {
             assert_eq!(kind(text), want, "{text}");

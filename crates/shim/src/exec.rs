@@ -170,6 +170,9 @@ impl Owner {
                 since.elapsed().as_millis()
             ));
         }
+        for exec in self.execs.keys().filter(|e| self.machine.is_starting(e)) {
+            all.push(format!("container {}: the OCI runtime is starting exec {exec}", self.id));
+        }
         if self.deleting.is_some() {
             all.push(format!("container {}: it is being deleted", self.id));
         }
@@ -197,8 +200,7 @@ impl Job {
     }
 
     async fn launch(&self, document: &Path) -> Result<(Child, Io)> {
-        // Queueing counts towards the caller's bound, not towards the runtime's.
-        let _permit = self.shared.permits.acquire().await.map_err(|_| Error::unavailable("the shim is stopping"))?;
+        let _turn = self.shared.turn().await?;
         write_new(document, &self.new.spec)?;
         let (writer, sockets) = (&self.shared.writer, &self.shared.settings.sockets);
         let mut prepared = streams::prepare(&self.new.wanted, self.habits, writer, sockets).await?;

@@ -3,7 +3,8 @@
 //! ```text
 //! service.rs, private.rs   ttrpc: validate, ask the owner, answer
 //! setup.rs                 Create, from request to owner
-//! container.rs, exec.rs    the owner: carries out what is decided
+//! container.rs             the owner: carries out what is decided
+//! exec.rs, control.rs      the rest of what is asked of it
 //! state.rs                 what may be done and what follows (pure)
 //! streams.rs               URIs to descriptors, through `stdio`
 //! cgroup.rs oom.rs stats.rs  the container's cgroups
@@ -14,6 +15,7 @@
 
 mod cgroup;
 mod container;
+mod control;
 mod delete;
 mod events;
 mod exec;

@@ -185,7 +185,7 @@ async fn launch(
         console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
         pid_file: bundle.join("init.pid"),
     };
-    let _permit = shared.permits.acquire().await.map_err(|_| Error::unavailable("the shim is stopping"))?;
+    let _turn = shared.turn().await?;
     let up = async {
         let child = runtime.create(id, bundle, launch).await?;
         match prepared.attach(&shared.writer).await {

@@ -7,8 +7,12 @@ use oci::Children;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tokio::sync::{Notify, Semaphore, oneshot};
+use std::time::Duration;
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot};
 use types::{Error, Result};
+
+/// How long a runtime call may wait for its turn.
+const QUEUE: Duration = Duration::from_secs(40);
 
 /// How a shim was started.
 #[derive(Debug, Clone)]
@@ -30,7 +34,7 @@ pub(crate) struct Shared {
     pub events: Publisher,
     pub writer: SharedWriter,
     /// Runtime calls at a time: more than the CPUs can run only slow each other.
-    pub permits: Semaphore,
+    permits: Semaphore,
     /// Told when the shim shall end.
     pub stop: Notify,
     containers: Mutex<HashMap<String, Option<Handle>>>,
@@ -53,6 +57,18 @@ impl Shared {
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Handle>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a turn to call the runtime.
+    pub async fn turn(&self) -> Result<SemaphorePermit<'_>> {
+        match tokio::time::timeout(QUEUE, self.permits.acquire()).await {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_)) => Err(Error::unavailable("the shim is stopping")),
+            Err(_) => {
+                let text = format!("{} s in the queue for the OCI runtime were not enough", QUEUE.as_secs());
+                Err(Error::deadline(text).hint("earlier calls of the runtime hang"))
+            }
+        }
     }
 
     /// Takes a name for a container that is about to be created.

@@ -152,6 +152,11 @@ impl Machine {
         self.execs.iter().filter(|(_, e)| matches!(e, Exec::Starting | Exec::Running { .. })).map(|(id, _)| id.as_str())
     }
 
+    /// Whether an exec is on its way up.
+    pub fn is_starting(&self, exec: &str) -> bool {
+        matches!(self.execs.get(exec), Some(Exec::Starting))
+    }
+
     /// Whether init's exit waits to be published.
     pub fn is_dying(&self) -> bool {
         matches!(self.init, Init::Dying { .. })

@@ -352,20 +352,19 @@ mod tests {
         let (out, input) = (dir.path().join("o"), dir.path().join("i"));
         fifo::make(&out).unwrap();
         fifo::make(&input).unwrap();
-        let wanted = Wanted {
-            stdin: input.display().to_string(),
-            stdout: out.display().to_string(),
-            ..Wanted::default()
-        };
+        let wanted =
+            Wanted { stdin: input.display().to_string(), stdout: out.display().to_string(), ..Wanted::default() };
         let habits = Habits { labelled: true, ..Habits::default() };
         let mut p = prepare(&wanted, habits, &SharedWriter::default(), dir.path()).await.unwrap();
         let process = std::mem::take(&mut p.stdio);
         let mut io = p.attach(&SharedWriter::default()).await.unwrap();
         let mut stdout = File::from(process.stdout.unwrap());
-        assert!(std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&stdout)))
-            .unwrap()
-            .to_string_lossy()
-            .starts_with("pipe:"));
+        assert!(
+            std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&stdout)))
+                .unwrap()
+                .to_string_lossy()
+                .starts_with("pipe:")
+        );
         stdout.write_all(b"through a pipe").unwrap();
         drop(stdout);
         assert_eq!(text(&out).await, b"through a pipe");

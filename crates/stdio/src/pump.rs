@@ -88,7 +88,9 @@ impl Pump {
         loop {
             let n = self
                 .from
-                .async_io(Interest::READABLE, |fd| Ok(rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut *buffer))?))
+                .async_io(Interest::READABLE, |fd| {
+                    Ok(rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut *buffer))?)
+                })
                 .await?;
             if n == 0 {
                 return Ok(());

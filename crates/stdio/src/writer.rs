@@ -50,8 +50,13 @@ enum Order {
         ended: watch::Sender<bool>,
         reply: oneshot::Sender<Result<()>>,
     },
-    Reopen { log: u64, reply: oneshot::Sender<Result<()>> },
-    Close { log: u64 },
+    Reopen {
+        log: u64,
+        reply: oneshot::Sender<Result<()>>,
+    },
+    Close {
+        log: u64,
+    },
     Stop,
 }
 
@@ -92,8 +97,7 @@ impl Writer {
     pub fn start() -> Result<Self> {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let wake = rustix::event::eventfd(0, flags).context(|| "make the log writer's eventfd".into())?;
-        let poll =
-            epoll::create(epoll::CreateFlags::CLOEXEC).context(|| "make the log writer's epoll".into())?;
+        let poll = epoll::create(epoll::CreateFlags::CLOEXEC).context(|| "make the log writer's epoll".into())?;
         epoll::add(&poll, &wake, epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)
             .context(|| "watch the log writer's eventfd".into())?;
         let mail = Arc::new(Mailbox { orders: Mutex::new(Vec::new()), wake });

@@ -73,10 +73,7 @@ impl PidFd {
     /// # Errors
     /// Those of `waitid`, but for ECHILD.
     pub fn peek(&self) -> io::Result<Waited> {
-        look(
-            WaitId::PidFd(self.fd.as_fd()),
-            WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT,
-        )
+        look(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT)
     }
 }
 
@@ -141,6 +138,7 @@ fn exit_status(status: &WaitIdStatus) -> ExitStatus {
 }
 
 #[cfg(test)]
+#[expect(clippy::zombie_processes, reason = "they are reaped by pidfd: that is what is tested")]
 mod tests {
     use super::*;
     use std::process::Command;
