@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use types::{Error, Result, ResultExt};
 
 fn main() -> ExitCode {
+    sys::process::inherit_nothing();
     sys::malloc::be_small();
     let result = Flags::parse(std::env::args_os().skip(1)).and_then(run);
     match result {

@@ -450,3 +450,21 @@ async fn cve_2020_15257_the_socket_is_a_file_that_is_closed_to_others() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_second_start_answers_with_the_first_shim() {
+    let shim = Shim::start().await;
+    let again = std::process::Command::new(harness::BINARY)
+        .args(["-namespace", "test", "-id", "pod", "-socket"])
+        .arg(shim.dir.path().join("s/shim.sock"))
+        .arg("start")
+        .current_dir(shim.dir.path())
+        .env_remove("GRPC_ADDRESS")
+        .output()
+        .unwrap();
+    assert!(again.status.success() && again.stderr.is_empty(), "{again:?}");
+    // Without GRPC_ADDRESS the answer is a bare address (containerd 1.6).
+    let want = format!("unix://{}", shim.dir.path().join("s/shim.sock").display());
+    assert_eq!(String::from_utf8(again.stdout).unwrap(), want);
+    assert_eq!(std::fs::read_to_string(shim.dir.path().join("shim.pid")).unwrap(), shim.pid.to_string());
+}

@@ -172,11 +172,49 @@ impl Sender {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proto::containerd::services::events::ttrpc::v1::{Events, register_events};
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<String>>);
+
+    #[async_trait::async_trait]
+    impl Events for Recorder {
+        async fn forward(&self, _: &ttrpc::r#async::TtrpcContext, req: ForwardRequest) -> ttrpc::Result<()> {
+            let event = req.envelope.and_then(|e| e.event).unwrap();
+            self.0.lock().unwrap().push(wire::TaskOom::decode(event.value.as_slice()).unwrap().container_id);
+            Ok(())
+        }
+    }
+
+    fn oom(id: usize) -> Event {
+        Event::Oom(wire::TaskOom { container_id: id.to_string() })
+    }
 
     #[tokio::test]
     async fn without_an_address_nothing_is_kept() {
         let p = Publisher::new("", "ns");
-        p.publish(&Event::Oom(wire::TaskOom { container_id: "c".into() }));
+        p.publish(&oom(1));
         p.flush(Duration::from_secs(1)).await;
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_comes_late_gets_all_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let p = Publisher::new(socket.to_str().unwrap(), "ns");
+        for n in 0..20 {
+            p.publish(&oom(n));
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let recorder = Arc::new(Recorder::default());
+        let mut server = ttrpc::r#async::Server::new()
+            .bind(&format!("unix://{}", socket.display()))
+            .unwrap()
+            .register_service(register_events(recorder.clone(), EventsClient::SERVICE));
+        server.start().await.unwrap();
+        p.flush(Duration::from_secs(10)).await;
+        let want: Vec<String> = (0..20).map(|n: usize| n.to_string()).collect();
+        assert_eq!(*recorder.0.lock().unwrap(), want);
     }
 }

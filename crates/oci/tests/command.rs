@@ -1,0 +1,80 @@
+//! A runtime's binary behind the seam, played by shell scripts.
+#![allow(clippy::unwrap_used)]
+
+use longshore_oci::{Children, Command, Config, Launch, Runtime, Stdio};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use types::ErrorKind;
+
+/// One at a time: a script that is being written while another test forks can't
+/// be executed.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// A runtime that does as `script` says; `$LOG` is its log file, `$PID` its pid
+/// file where it was given one.
+fn runtime(dir: &Path, script: &str) -> Command {
+    let path = dir.join("fake");
+    let text = format!(
+        "#!/bin/sh\nwhile [ $# -gt 0 ]; do case $1 in --log) LOG=$2;; --pid-file) PID=$2;; esac; shift; done\n{script}\n"
+    );
+    std::fs::write(&path, text).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut config = Config::new(path, dir);
+    config.deadline = Duration::from_millis(500);
+    Command::new(config, Children::new())
+}
+
+fn launch(dir: &Path) -> Launch {
+    Launch { stdio: Stdio::default(), console_socket: None, pid_file: dir.join("pid") }
+}
+
+#[tokio::test]
+async fn a_failure_names_runtime_call_container_and_its_words() {
+    let _turn = TURN.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let r = runtime(dir.path(), r#"echo '{"level":"error","msg":"container does not exist"}' > $LOG; exit 1"#);
+    let e = r.start("web").await.unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::NotFound);
+    assert_eq!(e.to_string(), "fake start of container web: container does not exist");
+    let e = runtime(dir.path(), "kill -9 $$").start("web").await.unwrap_err();
+    assert!(e.to_string().contains("killed by signal 9"), "{e}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no log file is left");
+}
+
+#[tokio::test]
+async fn a_call_that_hangs_is_killed_at_its_deadline() {
+    let _turn = TURN.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let began = Instant::now();
+    let e = runtime(dir.path(), "exec sleep 100").pause("web").await.unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::DeadlineExceeded);
+    assert!(began.elapsed() < Duration::from_secs(5) && e.to_string().contains("pause"), "{e}");
+}
+
+#[tokio::test]
+async fn nothing_but_path_is_in_its_environment_and_no_descriptor_but_three() {
+    let _turn = TURN.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    sys::process::inherit_nothing();
+    let out = dir.path().join("seen");
+    let script = format!("env | cut -d= -f1 | sort > {0}; ls /proc/self/fd >> {0}", out.display());
+    runtime(dir.path(), &script).start("web").await.unwrap();
+    let seen = std::fs::read_to_string(out).unwrap();
+    for line in seen.lines() {
+        // PWD, OLDPWD and _ are the shell's own; descriptor 3 is that of `ls`.
+        assert!(["PATH", "PWD", "OLDPWD", "_", "0", "1", "2", "3"].contains(&line), "{seen}");
+    }
+}
+
+#[tokio::test]
+async fn a_pid_file_that_is_missing_or_strange_is_an_error() {
+    let _turn = TURN.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let e = runtime(dir.path(), "true").create("web", dir.path(), launch(dir.path())).await.unwrap_err();
+    assert!(e.to_string().contains("left no pid file"), "{e}");
+    let e = runtime(dir.path(), "echo x > $PID").create("web", dir.path(), launch(dir.path())).await.unwrap_err();
+    assert!(e.to_string().contains("without a number"), "{e}");
+    let e = runtime(dir.path(), "echo 0 > $PID").create("web", dir.path(), launch(dir.path())).await.unwrap_err();
+    assert!(e.to_string().contains("process 0"), "{e}");
+}
