@@ -86,7 +86,7 @@ fn serve(flags: Flags) -> Result<()> {
     };
     let result = runtime()?.block_on(shim::serve(listener, settings));
     if let Some(socket) = socket {
-        let _ = std::fs::remove_file(socket);
+        start::remove_socket(&socket);
     }
     result
 }

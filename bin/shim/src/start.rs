@@ -37,10 +37,14 @@ fn socket_path(flags: &Flags, bundle: &Path) -> PathBuf {
 /// Listens on `path`; a socket that nobody serves any more is replaced.
 fn listen(path: &Path) -> Result<UnixListener> {
     let what = || format!("listen on {}", path.display());
-    if let Some(dir) = path.parent() {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).context(what)?;
-    }
-    let bound = match UnixListener::bind(path) {
+    let bind = || {
+        if let Some(dir) = path.parent() {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        }
+        UnixListener::bind(path)
+    };
+    // The last shim to end takes the directory away, perhaps at this moment.
+    let bound = match bind().or_else(|e| if e.kind() == std::io::ErrorKind::NotFound { bind() } else { Err(e) }) {
         Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
             if UnixStream::connect(path).is_ok() {
                 return Err(Error::exists(format!("a shim serves {} already", path.display())));
@@ -74,7 +78,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     };
     let started = spawn(flags, &bundle, listener, &address);
     if started.is_err() {
-        let _ = std::fs::remove_file(&path);
+        remove_socket(&path);
         let _ = std::fs::remove_file(bundle.join("address"));
     }
     started?;
@@ -127,13 +131,21 @@ pub fn socket_of(bundle: &Path) -> Option<PathBuf> {
     text.trim().strip_prefix("unix://").filter(|p| p.starts_with('/')).map(PathBuf::from)
 }
 
+/// Removes a socket, and our own directory with the last one in it.
+pub fn remove_socket(path: &Path) {
+    let _ = std::fs::remove_file(path);
+    if path.parent() == Some(Path::new(DIRECTORY)) {
+        let _ = std::fs::remove_dir(DIRECTORY);
+    }
+}
+
 /// Removes the socket of a shim that is gone; one that is served stays, for a
 /// pod's shim serves other bundles too.
 pub fn forget_socket(bundle: &Path) {
     if let Some(path) = socket_of(bundle)
         && UnixStream::connect(&path).is_err()
     {
-        let _ = std::fs::remove_file(path);
+        remove_socket(&path);
     }
 }
 

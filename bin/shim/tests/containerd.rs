@@ -152,7 +152,11 @@ impl Drop for Containerd {
         }
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
-        // The cgroup of ctr's namespace outlives its containers.
+        // The runtime's state directory and the cgroup of ctr's namespace outlive
+        // their containers, empty.
+        for dir in ["/run/longshore/runc/default", "/run/longshore/runc", "/run/longshore"] {
+            let _ = std::fs::remove_dir(dir);
+        }
         for controller in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let _ = std::fs::remove_dir(controller.path().join("default"));
         }
