@@ -40,6 +40,9 @@ pub fn run(args: ServeArgs) -> Result<()> {
             bail!("{what} {} is not an absolute path", path.display());
         }
     }
+    if config.runtime.step_timeout < 10 {
+        bail!("runtime.step_timeout is {} s: 10 at least", config.runtime.step_timeout);
+    }
     telemetry::init_logging(&config.log_level, LogFormat::default())?;
     sys::malloc::be_small();
     let tokio = tokio::runtime::Builder::new_multi_thread()
@@ -49,7 +52,10 @@ pub fn run(args: ServeArgs) -> Result<()> {
         .thread_stack_size(512 << 10)
         .build()
         .context("start the async runtime")?;
-    tokio.block_on(serve(config))
+    let served = tokio.block_on(serve(config));
+    // An unpack or a file system that hangs must not keep the daemon from ending.
+    tokio.shutdown_timeout(Duration::from_secs(2));
+    served
 }
 
 async fn serve(config: Config) -> Result<()> {
@@ -60,7 +66,7 @@ async fn serve(config: Config) -> Result<()> {
     // (CVE-2024-25621 asks for no more than that); the root nobody.
     make_dir(&config.root, 0o700)?;
     make_dir(&config.state, 0o711)?;
-    let _lock = lock(&config.root)?;
+    let _locks = (lock(&config.root, "--root")?, lock(&config.state, "--state")?);
 
     let store = Store::open(&config.root.join("db")).context("open the database")?;
     let snapshots = Overlay::open(&config.root.join("snapshots"), store.clone()).await?;
@@ -152,14 +158,14 @@ fn make_dir(dir: &Path, mode: u32) -> Result<()> {
     std::fs::set_permissions(dir, Permissions::from_mode(mode)).with_context(|| format!("chmod {}", dir.display()))
 }
 
-/// Two daemons on one root would each remove what the other made.
-fn lock(root: &Path) -> Result<File> {
-    let path = root.join("lock");
+/// Two daemons on one directory would each remove what the other made.
+fn lock(dir: &Path, flag: &str) -> Result<File> {
+    let path = dir.join("lock");
     let file = File::create(&path).with_context(|| format!("make {}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => {
-            bail!("another longshore serves from {}: stop it, or give this one another --root", root.display())
+            bail!("another longshore serves from {}: stop it, or give this one another {flag}", dir.display())
         }
         Err(std::fs::TryLockError::Error(e)) => Err(e).with_context(|| format!("lock {}", path.display())),
     }
@@ -169,7 +175,9 @@ fn listen(socket: &Path) -> Result<UnixListener> {
     if let Some(dir) = socket.parent() {
         DirBuilder::new().recursive(true).mode(0o711).create(dir).with_context(|| format!("make {}", dir.display()))?;
     }
-    // The lock on the root says that a socket that is there is nobody's.
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        bail!("somebody serves on {} already: stop it, or give this one another --socket", socket.display());
+    }
     match std::fs::remove_file(socket) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             return Err(e).with_context(|| format!("remove the old {}", socket.display()));
@@ -222,7 +230,8 @@ fn shim_config(config: &Config, shim: &Path, runtime_binary: &Path) -> ShimConfi
         systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
         state: config.state.clone(),
         namespace: NAMESPACE.to_string(),
-        timeouts: Timeouts::default(),
+        // The seam's own bound passes first, so that its error is the one that is told.
+        timeouts: Timeouts { create: Duration::from_secs(config.runtime.step_timeout - 2), ..Default::default() },
         shim_cgroup: Some(config.runtime.shim_cgroup.clone()).filter(|c| !c.is_empty()),
     }
 }

@@ -127,6 +127,11 @@ impl Filter {
             self.at = if length == 0 { At::Header(Vec::new()) } else { At::Passing(length) };
             return;
         }
+        if FRAME_HEADER + length > MOST_HELD {
+            out.extend_from_slice(header);
+            self.at = At::Blind;
+            return;
+        }
         self.at =
             At::Block { held: header.to_vec(), fragments: Vec::new(), missing: length, last: flags & END_HEADERS != 0 };
         if length == 0 {

@@ -62,8 +62,14 @@ pub fn container_state(state: &ContainerState) -> cri::ContainerState {
     }
 }
 
+/// The image by its first tag: a kubelet asks for it by its id, and shows people
+/// what is answered here.
 fn image_spec(c: &ContainerInfo) -> Option<cri::ImageSpec> {
-    c.config.image.clone()
+    let mut spec = c.config.image.clone()?;
+    if !c.record.image_name.is_empty() {
+        spec.image.clone_from(&c.record.image_name);
+    }
+    Some(spec)
 }
 
 /// A container in a list.

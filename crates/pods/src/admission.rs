@@ -25,8 +25,14 @@ pub fn create(pod: &PodInfo, going: bool, key: &str, holder: Option<&str>) -> Re
 }
 
 /// May this container be started?
-pub fn start(pod: &PodInfo, going: bool, container: &ContainerInfo, removing: bool) -> Result<()> {
+pub fn start(pod: &PodInfo, going: bool, container: &ContainerInfo, removing: bool, busy: bool) -> Result<()> {
     let name = container.name_key();
+    if busy {
+        return Err(Error::unavailable(format!(
+            "container {name} ({:.12}) is being updated or cleaned up after a restart; try again",
+            container.id
+        )));
+    }
     if removing {
         return Err(Error::precondition(format!("container {name} ({:.12}) is being removed", container.id)));
     }

@@ -13,7 +13,7 @@ use crate::sandbox;
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, ContainerState, PodInfo, PodPhase, PodView, pod_name};
 use proto::cri::{ContainerConfig, LinuxContainerResources, PodSandboxConfig};
-use runtime::{ExecOutput, RuntimeEvent};
+use runtime::{ExecOutput, RuntimeEvent, TaskState};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -91,11 +91,11 @@ impl Pods {
         }
         let plan = sandbox::plan(&config, |id| self.target_pid(id)).map_err(|e| e.within(pod_name(&config)))?;
         spec::check_pod(&config)?;
+        let id = types::new_id()?;
         let (tx, mut attempt) = watch::channel(None);
         match self.shared.registry.reserve(&key, attempt.clone()) {
             Ok(()) => {
-                let new =
-                    NewPod { id: types::new_id()?, key, config: Arc::new(config), handler: handler.to_string(), plan };
+                let new = NewPod { id, key, config: Arc::new(config), handler: handler.to_string(), plan };
                 let shared = self.shared.clone();
                 tokio::spawn(async move {
                     let outcome = make_pod(shared, new).await;
@@ -116,6 +116,15 @@ impl Pods {
         }
     }
 
+    /// A pod that was removed while it was asked is stopped and removed; any other
+    /// failure is one, "not found" of some file among them.
+    fn unless_gone(&self, pod: &PodHandle, outcome: Result<()>) -> Result<()> {
+        match outcome {
+            Err(_) if self.shared.registry.pod(&pod.id).is_err() => Ok(()),
+            other => other,
+        }
+    }
+
     fn target_pid(&self, id: &str) -> Result<u32> {
         let container = self.container(id)?;
         admission::exec(&container)
@@ -128,8 +137,8 @@ impl Pods {
     /// All that failed, joined; the pod is then still READY and may be stopped again.
     pub async fn stop_pod(&self, id: &str) -> Result<()> {
         match self.shared.registry.pod(id) {
-            Ok(pod) => gone_is_done(ask(&pod, |reply| Msg::StopPod { reply }).await),
-            Err(e) => gone_is_done(Err(e)),
+            Ok(pod) => self.unless_gone(&pod, ask(&pod, |reply| Msg::StopPod { reply }).await),
+            Err(e) => gone_is_done(e),
         }
     }
 
@@ -139,8 +148,8 @@ impl Pods {
     /// All that failed, joined; it may be removed again.
     pub async fn remove_pod(&self, id: &str) -> Result<()> {
         match self.shared.registry.pod(id) {
-            Ok(pod) => gone_is_done(ask(&pod, |reply| Msg::RemovePod { reply }).await),
-            Err(e) => gone_is_done(Err(e)),
+            Ok(pod) => self.unless_gone(&pod, ask(&pod, |reply| Msg::RemovePod { reply }).await),
+            Err(e) => gone_is_done(e),
         }
     }
 
@@ -191,9 +200,9 @@ impl Pods {
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
         match self.shared.registry.container(id) {
             Ok((id, pod)) => {
-                gone_is_done(ask(&pod, |reply| Msg::Stop { id, grace, why: "StopContainer", reply }).await)
+                self.unless_gone(&pod, ask(&pod, |reply| Msg::Stop { id, grace, why: "StopContainer", reply }).await)
             }
-            Err(e) => gone_is_done(Err(e)),
+            Err(e) => gone_is_done(e),
         }
     }
 
@@ -203,8 +212,8 @@ impl Pods {
     /// All that failed, joined; it may be removed again.
     pub async fn remove_container(&self, id: &str) -> Result<()> {
         match self.shared.registry.container(id) {
-            Ok((id, pod)) => gone_is_done(ask(&pod, |reply| Msg::Remove { id, reply }).await),
-            Err(e) => gone_is_done(Err(e)),
+            Ok((id, pod)) => self.unless_gone(&pod, ask(&pod, |reply| Msg::Remove { id, reply }).await),
+            Err(e) => gone_is_done(e),
         }
     }
 
@@ -330,7 +339,19 @@ async fn make_pod(shared: Arc<Shared>, new: NewPod) -> Result<String> {
     let whole = shared.timelines.timed(&id, "RunPodSandbox", "", "", ops::run_pod(&shared, new)).await;
     match whole {
         Ok(info) => {
-            let handle = Owner::start(shared.clone(), info, key, Vec::new());
+            let init = info.state.init;
+            let handle = Owner::start(shared.clone(), info, key, Vec::new(), &[]);
+            if init {
+                // Its end may have been told before there was an owner to tell.
+                let certificate = match shared.runtime.task_state(&id, &id).await {
+                    Ok(TaskState::Stopped(certificate)) => Some(certificate),
+                    Err(e) if e.is_not_found() => Some(crate::state::lost_certificate()),
+                    _ => None,
+                };
+                if let Some(certificate) = certificate {
+                    let _ = handle.send(Msg::Exited { id: id.clone(), certificate });
+                }
+            }
             let view = handle.view();
             shared.events.send(&id, EventKind::Created, Some(view.clone()));
             shared.events.send(&id, EventKind::Started, Some(view));
@@ -365,11 +386,8 @@ async fn ask<T>(pod: &PodHandle, msg: impl FnOnce(oneshot::Sender<Result<T>>) ->
 }
 
 /// Stop and Remove of what is not there are success (behaviours.md section 6).
-fn gone_is_done(outcome: Result<()>) -> Result<()> {
-    match outcome {
-        Err(e) if e.is_not_found() => Ok(()),
-        other => other,
-    }
+fn gone_is_done(e: Error) -> Result<()> {
+    if e.is_not_found() { Ok(()) } else { Err(e) }
 }
 
 /// A running container, for callers that need its pid.

@@ -15,7 +15,7 @@ use crate::journal::Write;
 use crate::owner::Owner;
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, ContainerRecord, ContainerState, PodInfo, PodPhase, PodState};
-use runtime::{RecoverPod, RecoveredPod, TaskState};
+use runtime::{PodSpec, RecoverPod, RecoveredPod, TaskState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -25,6 +25,9 @@ use types::{Error, Result, ResultExt};
 /// In the state directory while the node is up; gone after a restart even where the
 /// boot id stays, as in a node that is itself a container.
 const TOKEN: &str = "up";
+
+/// Of records that can't be read: their containers by pod.
+type Aside = BTreeMap<String, Vec<String>>;
 
 /// A stored pod and its containers.
 struct Stored {
@@ -38,14 +41,25 @@ struct Stored {
 /// # Errors
 /// Only when the database can't be read; every other trouble is logged by name.
 pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
-    let (mut stored, unreadable) = load(shared).await?;
-    let rebooted = note_boot(shared).await?;
-    if rebooted {
+    let (mut stored, aside) = load(shared).await?;
+    let boot = Boot::look(shared).await?;
+    if boot.rebooted {
+        tracing::warn!("the node was restarted: all pods are NOTREADY, all containers have exited");
         for s in &mut stored {
             end_all(shared, s, "the node was restarted");
         }
+        // The mark only after what follows from it: a daemon that dies in between
+        // must find out again.
+        shared.journal.flush().await;
     }
-    let ready: Vec<RecoverPod> = stored.iter().filter(|s| s.pod.state.phase == PodPhase::Ready).map(asked).collect();
+    boot.note(shared).await?;
+    let mut ready: Vec<RecoverPod> =
+        stored.iter().filter(|s| !s.pod.state.torn_down).map(|s| asked(s, &aside)).collect();
+    // What a bad record names is left alone: it is asked for, and the answer ignored.
+    ready.extend(aside.iter().filter(|(id, _)| !stored.iter().any(|s| s.pod.id == **id)).map(|(id, containers)| {
+        let spec = PodSpec { id: id.clone(), annotations: BTreeMap::new(), bundle_gid: None };
+        RecoverPod { spec, containers: containers.clone() }
+    }));
     let mut found = BTreeMap::new();
     for result in shared.runtime.recover(ready).await {
         match result {
@@ -55,10 +69,13 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
             Err(e) => tracing::error!("recovery: {e}"),
         }
     }
+    let mut old_tasks: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for s in &mut stored {
-        if s.pod.state.phase == PodPhase::Ready {
+        if !s.pod.state.torn_down {
             match found.remove(&s.pod.id) {
-                Some(pod) => adopt(shared, s, pod).await,
+                Some(pod) => {
+                    old_tasks.insert(s.pod.id.clone(), adopt(shared, s, pod));
+                }
                 None => tracing::error!(
                     "pod {} ({:.12}) could not be examined; its next call tries again",
                     s.pod.name(),
@@ -67,7 +84,7 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
             }
         }
     }
-    sweep(shared, &stored, &unreadable).await;
+    sweep(shared, &stored, &aside).await;
     for s in stored {
         match shared.store.timeline(&s.pod.id).await {
             Ok(Some(json)) => {
@@ -78,30 +95,37 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
             Ok(None) => {}
             Err(e) => tracing::warn!("the timeline of pod {:.12}: {e}", s.pod.id),
         }
-        Owner::start(shared.clone(), s.pod, s.key, s.containers);
+        let old = old_tasks.remove(&s.pod.id).unwrap_or_default();
+        Owner::start(shared.clone(), s.pod, s.key, s.containers, &old);
     }
     Ok(())
 }
 
-/// Whether the node was restarted since the last daemon; notes the present boot.
-async fn note_boot(shared: &Shared) -> Result<bool> {
-    let boot_id =
-        tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id").await.context(|| "read the boot id".into())?;
-    let boot_id = boot_id.trim().to_string();
-    let token = shared.config.state.join(TOKEN);
-    let known = shared.store.boot_id().await?;
-    let up = tokio::fs::try_exists(&token).await.unwrap_or(false);
-    let rebooted = known.is_some_and(|k| k != boot_id || !up);
-    if rebooted {
-        tracing::warn!("the node was restarted: all pods are NOTREADY, all containers have exited");
-    }
-    tokio::fs::write(&token, "").await.context(|| format!("write {}", token.display()))?;
-    shared.store.set_boot_id(&boot_id).await?;
-    Ok(rebooted)
+/// Whether the node was restarted since the last daemon.
+struct Boot {
+    id: String,
+    rebooted: bool,
 }
 
-async fn load(shared: &Shared) -> Result<(Vec<Stored>, BTreeSet<String>)> {
-    let mut unreadable = BTreeSet::new();
+impl Boot {
+    async fn look(shared: &Shared) -> Result<Self> {
+        let id = tokio::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+        let id = id.await.context(|| "read the boot id".into())?.trim().to_string();
+        let up = tokio::fs::try_exists(shared.config.state.join(TOKEN)).await.unwrap_or(false);
+        let known = shared.store.boot_id().await?;
+        Ok(Self { rebooted: known.is_some_and(|k| k != id || !up), id })
+    }
+
+    async fn note(&self, shared: &Shared) -> Result<()> {
+        let token = shared.config.state.join(TOKEN);
+        tokio::fs::write(&token, "").await.context(|| format!("write {}", token.display()))?;
+        shared.store.set_boot_id(&self.id).await
+    }
+}
+
+/// The readable pods; and of bad records, by pod, the containers that they name.
+async fn load(shared: &Shared) -> Result<(Vec<Stored>, Aside)> {
+    let mut aside = Aside::new();
     let mut containers: BTreeMap<String, Vec<ContainerInfo>> = BTreeMap::new();
     for record in shared.store.containers().await? {
         let (id, pod) = (record.id.clone(), record.pod_id.clone());
@@ -109,23 +133,27 @@ async fn load(shared: &Shared) -> Result<(Vec<Stored>, BTreeSet<String>)> {
             Ok(c) => containers.entry(pod).or_default().push(c),
             Err(e) => {
                 tracing::error!("the record of container {id} is left aside: {e}");
-                unreadable.insert(id);
+                aside.entry(pod).or_default().push(id);
             }
         }
     }
     let mut stored = Vec::new();
     for record in shared.store.pods().await? {
         let (id, key) = (record.id.clone(), record.name_key.clone());
+        let own = containers.remove(&id).unwrap_or_default();
         match pod(record) {
-            Ok(pod) => stored.push(Stored { key, containers: containers.remove(&id).unwrap_or_default(), pod }),
+            Ok(pod) => stored.push(Stored { key, containers: own, pod }),
             Err(e) => {
                 tracing::error!("the record of pod {id} is left aside: {e}");
-                unreadable.extend(containers.remove(&id).unwrap_or_default().into_iter().map(|c| c.id));
-                unreadable.insert(id);
+                aside.entry(id).or_default().extend(own.into_iter().map(|c| c.id));
             }
         }
     }
-    Ok((stored, unreadable))
+    for orphan in containers.into_values().flatten() {
+        tracing::warn!("container {:.12} has no pod any more: its record goes", orphan.id);
+        shared.journal.note(Write::DeleteContainer(orphan.id));
+    }
+    Ok((stored, aside))
 }
 
 fn pod(record: store::PodRecord) -> Result<PodInfo> {
@@ -152,8 +180,9 @@ fn at(ns: i64) -> SystemTime {
 
 /// Exited containers are asked for too: a daemon that died before it had deleted
 /// their tasks left them.
-fn asked(s: &Stored) -> RecoverPod {
+fn asked(s: &Stored, aside: &Aside) -> RecoverPod {
     let mut containers: Vec<String> = s.containers.iter().map(|c| c.id.clone()).collect();
+    containers.extend(aside.get(&s.pod.id).into_iter().flatten().cloned());
     if s.pod.state.init {
         containers.push(s.pod.id.clone());
     }
@@ -170,6 +199,7 @@ fn end_all(shared: &Shared, s: &mut Stored, why: &str) {
         set_container(shared, c, ContainerState::lost(started, why));
     }
     s.pod.state.phase = PodPhase::NotReady;
+    s.pod.state.torn_down = true;
     s.pod.state.process = None;
     s.pod.state.init_pid = 0;
     set_pod(shared, &s.pod);
@@ -190,8 +220,10 @@ fn set_pod(shared: &Shared, pod: &PodInfo) {
     }
 }
 
-/// Brings a pod's stored state in line with what runs.
-async fn adopt(shared: &Arc<Shared>, s: &mut Stored, mut found: RecoveredPod) {
+/// Brings a pod's stored state in line with what runs, and gives the containers
+/// whose tasks must go.
+fn adopt(shared: &Arc<Shared>, s: &mut Stored, mut found: RecoveredPod) -> Vec<String> {
+    let mut old_tasks = Vec::new();
     let mut tasks: BTreeMap<String, TaskState> =
         found.containers.drain(..).filter_map(|(id, state)| state.map(|st| (id, st))).collect();
     for c in &mut s.containers {
@@ -201,7 +233,7 @@ async fn adopt(shared: &Arc<Shared>, s: &mut Stored, mut found: RecoveredPod) {
             set_container(shared, c, next);
         }
         if delete {
-            delete_task(shared, &s.pod.id, &c.id).await;
+            old_tasks.push(c.id.clone());
         }
     }
     s.pod.state.process = found.process;
@@ -212,17 +244,14 @@ async fn adopt(shared: &Arc<Shared>, s: &mut Stored, mut found: RecoveredPod) {
             s.pod.state.init_pid = 0;
         }
     }
-    set_pod(shared, &s.pod);
-}
-
-async fn delete_task(shared: &Shared, pod: &str, id: &str) {
-    let deleted = async {
-        shared.runtime.kill_task(pod, id, types::Signal::KILL, true, "the daemon's restart").await?;
-        shared.runtime.delete_task(pod, id).await
-    };
-    if let Err(e) = shared.bounded("deleting a task after a restart", deleted).await {
-        tracing::warn!("container {id:.12}: {e}");
+    if let Err(e) = s.pod.state.sandbox.check()
+        && s.pod.state.phase == PodPhase::Ready
+    {
+        tracing::error!("pod {} ({:.12}) is NOTREADY: {e}", s.pod.name(), s.pod.id);
+        s.pod.state.phase = PodPhase::NotReady;
     }
+    set_pod(shared, &s.pod);
+    old_tasks
 }
 
 /// What a container becomes by what its task is, and whether the task must go.
@@ -252,13 +281,13 @@ fn reconcile(state: &ContainerState, task: Option<TaskState>) -> (Option<Contain
 }
 
 /// Removes what belongs to no stored pod or container.
-async fn sweep(shared: &Arc<Shared>, stored: &[Stored], unreadable: &BTreeSet<String>) {
+async fn sweep(shared: &Arc<Shared>, stored: &[Stored], aside: &Aside) {
     let mut pods: BTreeSet<String> =
-        stored.iter().filter(|s| s.pod.state.phase == PodPhase::Ready).map(|s| s.pod.id.clone()).collect();
-    pods.extend(unreadable.iter().cloned());
+        stored.iter().filter(|s| !s.pod.state.torn_down).map(|s| s.pod.id.clone()).collect();
+    pods.extend(aside.keys().cloned());
     let mut containers: BTreeSet<String> =
         stored.iter().flat_map(|s| s.containers.iter().map(|c| c.id.clone())).collect();
-    containers.extend(unreadable.iter().cloned());
+    containers.extend(aside.values().flatten().cloned());
     let mut errors: Vec<Error> = shared.sandboxes.sweep(&pods).await;
     match shared.snapshots.list().await {
         Ok(keys) => {
@@ -268,20 +297,26 @@ async fn sweep(shared: &Arc<Shared>, stored: &[Stored], unreadable: &BTreeSet<St
         }
         Err(e) => errors.push(e),
     }
-    errors.extend(sweep_dirs(&shared.config.root.join("containers"), &containers).await);
+    for dir in [shared.config.root.join("containers"), shared.config.state.join("stdin")] {
+        errors.extend(sweep_dir(&dir, &containers).await);
+    }
     for e in errors {
         tracing::warn!("removing what a former daemon left: {e}");
     }
 }
 
-async fn sweep_dirs(dir: &Path, known: &BTreeSet<String>) -> Vec<Error> {
+async fn sweep_dir(dir: &Path, known: &BTreeSet<String>) -> Vec<Error> {
     let mut errors = Vec::new();
     let Ok(mut entries) = tokio::fs::read_dir(dir).await else { return errors };
     while let Ok(Some(entry)) = entries.next_entry().await {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !known.contains(&name) {
-            let removed = tokio::fs::remove_dir_all(entry.path()).await;
-            errors.extend(removed.context(|| format!("remove {}", entry.path().display())).err());
+        if !known.contains(entry.file_name().to_string_lossy().as_ref()) {
+            let path = entry.path();
+            let removed = if path.is_dir() {
+                tokio::fs::remove_dir_all(&path).await
+            } else {
+                tokio::fs::remove_file(&path).await
+            };
+            errors.extend(removed.context(|| format!("remove {}", path.display())).err());
         }
     }
     errors

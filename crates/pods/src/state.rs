@@ -35,6 +35,9 @@ pub struct PodState {
     pub process: Option<PodProcess>,
     /// Namespaces, files and mounts on the node.
     pub sandbox: crate::sandbox::SandboxState,
+    /// Nothing of it is left on the node but its record: a stop went through.
+    #[serde(default)]
+    pub torn_down: bool,
     /// True where an init task runs the pod's shared pid namespace.
     pub init: bool,
     /// That init's pid; 0 without one.
@@ -167,9 +170,14 @@ impl ContainerState {
 
     /// The end that nobody saw: 255.
     pub fn lost(started_at: Option<SystemTime>, message: &str) -> Self {
-        let certificate = plain_certificate(ExitStatus::Unknown(255));
+        let certificate = lost_certificate();
         Self::Exited { started_at, certificate, reason: ExitReason::Unknown, message: message.to_string() }
     }
+}
+
+/// The certificate of an end that nobody saw.
+pub fn lost_certificate() -> Certificate {
+    plain_certificate(ExitStatus::Unknown(255))
 }
 
 fn plain_certificate(status: ExitStatus) -> Certificate {
@@ -203,6 +211,9 @@ pub struct ContainerRecord {
     pub image_id: String,
     /// What was asked for, resolved to a digest reference where there is one.
     pub image_ref: String,
+    /// The image's first tag, for people: a kubelet asks for images by their ids.
+    #[serde(default)]
+    pub image_name: String,
     /// The image's own stop signal, by name; empty where it has none.
     pub image_stop_signal: String,
     /// The CRI log file; `None` where none was asked for.

@@ -42,6 +42,7 @@ struct Inner {
     store: Store,
     holds: Holds,
     copies: KeyLocks,
+    turns: KeyLocks,
     index_off: bool,
 }
 
@@ -67,6 +68,7 @@ impl Overlay {
             store,
             holds: Holds::default(),
             copies: KeyLocks::default(),
+            turns: KeyLocks::default(),
             // Without it a lower directory may not be shared by several mounts.
             index_off: Path::new("/sys/module/overlay/parameters/index").exists(),
         };
@@ -383,7 +385,12 @@ impl Snapshotter for Overlay {
     async fn prepare(&self, key: &str, parent: Option<&str>, idmap: Option<&IdMap>) -> Result<Vec<Mount>> {
         let inner = self.inner.clone();
         let (key, parent, idmap) = (key.to_owned(), parent.map(str::to_owned), idmap.cloned());
-        let work = async move { inner.prepare(&key, parent.as_deref(), idmap.as_ref()).await };
+        let work = async move {
+            // A removal that comes while a prepare goes on without its caller waits
+            // for it, and then removes what it made.
+            let _turn = inner.turns.lock(&key).await;
+            inner.prepare(&key, parent.as_deref(), idmap.as_ref()).await
+        };
         detached(work).await
     }
 
@@ -398,6 +405,7 @@ impl Snapshotter for Overlay {
         let inner = self.inner.clone();
         let key = key.to_owned();
         detached(async move {
+            let _turn = inner.turns.lock(&key).await;
             let removed = inner.drop_snapshot(&key).await;
             let swept = inner.sweep().await;
             Error::join(

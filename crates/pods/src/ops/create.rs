@@ -44,7 +44,7 @@ pub async fn create(ctx: PodContext, id: String, config: ContainerConfig) -> Res
 
 async fn undo(ctx: &PodContext, id: &str) -> Vec<Error> {
     let mut errors = Vec::new();
-    errors.extend(ctx.shared.snapshots.remove(id).await.err());
+    errors.extend(ctx.shared.bounded("removing the snapshot", ctx.shared.snapshots.remove(id)).await.err());
     for dir in [ctx.shared.container_dir(id), stdin_path(ctx, id)] {
         let removed = match tokio::fs::symlink_metadata(&dir).await {
             Ok(m) if m.is_dir() => tokio::fs::remove_dir_all(&dir).await,
@@ -82,16 +82,15 @@ async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<Co
     let log_path = spec::log_path(&pod.config.log_directory, &config.log_path)?;
     let image = find_image(ctx, &config)?;
     let idmap = pod.state.sandbox.plan.user.as_ref().map(snapshot_idmap);
-    let prepare = shared.snapshots.prepare(id, Some(&image.chain_id), idmap.as_ref());
+    let parent = Some(image.chain_id.as_str()).filter(|c| !c.is_empty());
+    let prepare = shared.snapshots.prepare(id, parent, idmap.as_ref());
     let mounts = shared
         .timelines
         .timed(&pod.id, OP, "snapshot", &name, shared.bounded("preparing the snapshot", prepare))
         .await?;
-    let made = shared
-        .timelines
-        .timed(&pod.id, OP, "spec", &name, make_spec(ctx, id, &config, &image, layered(&mounts)))
-        .await?;
-    write_files(ctx, id, &made, log_path.as_deref()).await?;
+    let spec = make_spec(ctx, id, &config, &image, layered(&mounts));
+    let made = shared.timelines.timed(&pod.id, OP, "spec", &name, shared.bounded("making the spec", spec)).await?;
+    shared.bounded("writing its files", write_files(ctx, id, &made, log_path.as_deref())).await?;
     let stdin = if config.stdin { Some(make_stdin(ctx, id).await?) } else { None };
     let info = ContainerInfo {
         id: id.to_string(),
@@ -100,6 +99,7 @@ async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<Co
         record: ContainerRecord {
             state: ContainerState::Created,
             image_id: image.id.clone(),
+            image_name: image.repo_tags.first().cloned().unwrap_or_default(),
             image_ref: image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone()),
             image_stop_signal: image.config.config().as_ref().and_then(|c| c.stop_signal().clone()).unwrap_or_default(),
             log_path,

@@ -14,7 +14,7 @@ pub use create::create;
 pub use remove::{remove, remove_pod};
 pub use run_pod::{NewPod, run_pod};
 pub use start::start;
-pub use stop::{delete_task, stop, stop_pod};
+pub use stop::{delete_task, end_task, stop, stop_pod};
 pub use update::{merge_resources, update};
 
 use crate::owner::Msg;

@@ -81,6 +81,7 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
             handler: new.handler.clone(),
             process: Some(process),
             sandbox,
+            torn_down: false,
             init: init_pid != 0,
             init_pid,
         },

@@ -1,7 +1,7 @@
 //! StartContainer: create and start of the task, so that a process that can't be
 //! started is an exit and not a lost call.
 
-use super::PodContext;
+use super::{PodContext, end_task};
 use crate::owner::Msg;
 use crate::state::ContainerInfo;
 use runtime::{TaskIo, TaskSpec};
@@ -15,25 +15,25 @@ use types::{Error, Result, ResultExt, Signal};
 /// # Errors
 /// That of the step that failed; the container then counts as exited with 128.
 pub async fn start(ctx: PodContext, info: Arc<ContainerInfo>, mut cancelled: oneshot::Receiver<String>) -> Result<u32> {
-    let work = tokio::spawn({
+    let mut work = tokio::spawn({
         let (ctx, info) = (ctx.clone(), info.clone());
         async move { run(&ctx, &info).await }
     });
-    let abort = work.abort_handle();
+    let lost = |e| Error::internal(format!("start container {:.12}", info.id)).because(e);
     let outcome = tokio::select! {
-        done = work => done.map_err(|e| Error::internal(format!("start container {:.12}", info.id)).because(e))?,
+        done = &mut work => done.map_err(lost)?,
         Ok(why) = &mut cancelled => {
-            abort.abort();
+            // Whatever it waits for ends sooner without its process; its own bounds
+            // hold. A task that came up after the undoing would be nobody's.
+            let _ = ctx.shared.runtime.kill_task(&ctx.pod.id, &info.id, Signal::KILL, true, "a cancelled start").await;
+            let _ = work.await;
             Err(Error::precondition(why))
         }
     };
     match outcome {
         Ok(pid) => Ok(pid),
         Err(e) => {
-            let runtime = &ctx.shared.runtime;
-            let _ = runtime.kill_task(&ctx.pod.id, &info.id, Signal::KILL, true, "a failed start").await;
-            let undone = ctx.shared.bounded("deleting the task", runtime.delete_task(&ctx.pod.id, &info.id)).await;
-            if let Err(undo) = undone {
+            if let Err(undo) = end_task(&ctx, &info.id, "a failed start").await {
                 tracing::warn!("after the failed start of container {:.12}: {undo}", info.id);
             }
             Err(e.within(format!("start container {} ({:.12})", info.name_key(), info.id)))

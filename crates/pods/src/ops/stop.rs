@@ -2,6 +2,7 @@
 
 use super::PodContext;
 use crate::state::ContainerInfo;
+use runtime::TaskState;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -69,9 +70,18 @@ async fn kill(
     why: &'static str,
 ) -> Result<()> {
     let sent = ctx.shared.runtime.kill_task(&ctx.pod.id, &info.id, Signal::KILL, false, why).await;
-    let died = timeout(KILL_WAIT, ended.wait_for(|e| *e)).await;
-    if matches!(died, Ok(Ok(_))) {
+    let died = matches!(timeout(KILL_WAIT, ended.wait_for(|e| *e)).await, Ok(Ok(_)));
+    if died {
         return Ok(());
+    }
+    // No task at all: its end was lost, and waiting would never tell.
+    let state = ctx.shared.runtime.task_state(&ctx.pod.id, &info.id).await;
+    if state.is_err_and(|e| e.is_not_found()) {
+        let certificate = crate::state::lost_certificate();
+        let _ = ctx.mailbox.send(crate::owner::Msg::Exited { id: info.id.clone(), certificate });
+        if matches!(timeout(KILL_WAIT, ended.wait_for(|e| *e)).await, Ok(Ok(_))) {
+            return Ok(());
+        }
     }
     let name = info.name_key();
     sent.map_err(|e| e.within(format!("kill container {name} ({:.12})", info.id)))?;
@@ -91,6 +101,23 @@ pub async fn delete_task(ctx: &PodContext, id: &str) -> Result<()> {
     ctx.shared.bounded("deleting the task", ctx.shared.runtime.delete_task(&ctx.pod.id, id)).await
 }
 
+/// Ends whatever is left of a task: SIGKILL, its death, and then its deletion.
+///
+/// # Errors
+/// What the runtime could not free.
+pub async fn end_task(ctx: &PodContext, id: &str, why: &str) -> Result<()> {
+    let (shared, pod) = (&ctx.shared, &ctx.pod.id);
+    let _ = shared.runtime.kill_task(pod, id, Signal::KILL, true, why).await;
+    let dead = async {
+        // Nobody has told us of this task, so nobody will tell of its end.
+        while let Ok(TaskState::Running { .. } | TaskState::Paused { .. }) = shared.runtime.task_state(pod, id).await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let _ = timeout(KILL_WAIT, dead).await;
+    delete_task(ctx, id).await
+}
+
 /// Ends a pod whose containers have ended: init, shim, namespaces, files. It goes
 /// on to the end whatever fails.
 ///
@@ -102,11 +129,11 @@ pub async fn stop_pod(ctx: &PodContext) -> Result<()> {
     if ctx.pod.state.init {
         let _ = shared.runtime.kill_task(id, id, Signal::KILL, false, "StopPodSandbox").await;
         let mut ended = ctx.init_ended.clone();
-        if timeout(KILL_WAIT, ended.wait_for(|e| *e)).await.is_err() {
-            errors
-                .push(Error::deadline(format!("the pod's init has not died {} s after SIGKILL", KILL_WAIT.as_secs())));
+        let _ = timeout(KILL_WAIT, ended.wait_for(|e| *e)).await;
+        // One that can't be deleted here goes with its shim, or keeps that from ending.
+        if let Err(e) = shared.bounded("deleting the pod's init", shared.runtime.delete_task(id, id)).await {
+            tracing::warn!("pod {}: {e}", ctx.pod.name());
         }
-        errors.extend(shared.bounded("deleting the pod's init", shared.runtime.delete_task(id, id)).await.err());
     }
     let shim = shared.bounded("stopping the shim", shared.runtime.stop_pod(id));
     let sandbox = shared.bounded("removing the sandbox", shared.sandboxes.teardown(id));

@@ -13,6 +13,9 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use types::{Certificate, Error, Result};
 
+/// Before an exit that the database refused is offered to it once more.
+const SAVE_AGAIN: Duration = Duration::from_secs(2);
+
 impl Owner {
     pub(super) fn create(&mut self, config: ContainerConfig, reply: Reply<String>) {
         let key = container_key(&config);
@@ -70,7 +73,8 @@ impl Owner {
             op.waiters.push(reply);
             return;
         }
-        if let Err(e) = admission::start(&pod, going, &slot.info, slot.remove.is_some()) {
+        let busy = slot.deleting_task || !slot.updates.is_empty();
+        if let Err(e) = admission::start(&pod, going, &slot.info, slot.remove.is_some(), busy) {
             let _ = reply.send(Err(e));
             return;
         }
@@ -100,6 +104,11 @@ impl Owner {
                 for reply in stops {
                     self.stop_container(id, Duration::ZERO, "StopContainer", Some(reply));
                 }
+                // A stop or removal of the pod cancelled a start that was over already.
+                let removed = self.slots.get(id).is_some_and(|slot| slot.remove.is_some());
+                if op.cancel.is_none() || self.stop.is_some() || removed {
+                    self.stop_container(id, Duration::ZERO, "StopPodSandbox", None);
+                }
             }
             Err(e) => {
                 let next = info.in_state(ContainerState::start_error(e.to_string()));
@@ -122,28 +131,69 @@ impl Owner {
             self.init_gone();
             return;
         }
-        let context = self.context();
-        let mailbox = self.mailbox.clone();
         let Some(slot) = self.slots.get_mut(id) else { return };
         if let Some(op) = &mut slot.start {
             op.exit.get_or_insert(certificate);
             return;
         }
         let ContainerState::Running { started_at, .. } = *slot.info.state() else { return };
+        // The shim reaped it before the answer to its start was here.
+        let started_at = started_at.min(certificate.exited_at);
         slot.deleting_task = true;
         let next = slot.info.in_state(ContainerState::exited(Some(started_at), certificate));
-        let owned = id.to_string();
-        let saved_id = owned.clone();
-        self.set_container(id, next, move |saved| {
-            if let Err(e) = saved {
-                tracing::warn!("the exit of container {saved_id} is not in the database yet: {e}");
-            }
-            let _ = mailbox.send(super::Msg::Done(Done::ExitSaved(saved_id)));
-        });
+        self.save_exit(id, next, true);
         self.announce(id, EventKind::Stopped);
+    }
+
+    fn save_exit(&mut self, id: &str, next: ContainerInfo, again: bool) {
+        let (owned, mailbox) = (id.to_string(), self.mailbox.clone());
+        self.set_container(id, next, move |saved| {
+            let _ = mailbox.send(super::Msg::Done(Done::ExitSaved(owned, saved, again)));
+        });
+    }
+
+    /// Only now may the bundle go, which knows the exit too. A database that can't
+    /// take it is asked once more; a container can't wait for a full disk for ever.
+    pub(super) fn exit_saved(&mut self, id: &str, saved: Result<()>, again: bool) {
+        let context = self.context();
+        let mailbox = self.mailbox.clone();
+        let Some(slot) = self.slots.get(id) else { return };
+        slot.ended.send_replace(true);
+        let id = id.to_string();
+        match saved {
+            Err(e) if again => {
+                tracing::warn!("the exit of container {id:.12} is not in the database yet: {e}");
+                tokio::spawn(async move {
+                    tokio::time::sleep(SAVE_AGAIN).await;
+                    let _ = mailbox.send(super::Msg::Done(Done::SaveExitAgain(id)));
+                });
+                return;
+            }
+            Err(e) => tracing::error!("the exit of container {id:.12} is not in the database: {e}"),
+            Ok(()) => {}
+        }
         self.spawn(async move {
-            let result = ops::delete_task(&context, &owned).await;
-            Done::TaskDeleted(owned, result)
+            let result = ops::delete_task(&context, &id).await;
+            Done::TaskDeleted(id, result)
+        });
+    }
+
+    pub(super) fn save_exit_again(&mut self, id: &str) {
+        if let Some(slot) = self.slots.get(id) {
+            let info = ContainerInfo::clone(&slot.info);
+            self.save_exit(id, info, false);
+        }
+    }
+
+    /// Deletes what an earlier daemon left of a container's task.
+    pub(super) fn delete_old_task(&mut self, id: &str) {
+        let context = self.context();
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        slot.deleting_task = true;
+        let id = id.to_string();
+        self.spawn(async move {
+            let result = ops::end_task(&context, &id, "the daemon's restart").await;
+            Done::TaskDeleted(id, result)
         });
     }
 
@@ -255,15 +305,32 @@ impl Owner {
             }
             return;
         }
-        self.slots.remove(id);
-        self.shared.registry.remove_container(id);
-        self.announce(id, EventKind::Deleted);
-        self.shared.journal.submit(Write::DeleteContainer(id.to_string()), move |saved| answer(waiters, &saved));
+        slot.removing = true;
+        slot.remove = Some(waiters);
+        let (owned, mailbox) = (id.to_string(), self.mailbox.clone());
+        self.shared.journal.submit(Write::DeleteContainer(id.to_string()), move |saved| {
+            let _ = mailbox.send(super::Msg::Done(Done::Forgotten(owned, saved)));
+        });
+    }
+
+    /// Its record is gone, and with it the container; or it is not, and a retry
+    /// finds it again.
+    pub(super) fn forgotten(&mut self, id: &str, saved: Result<()>) {
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        slot.removing = false;
+        let waiters = slot.remove.take().unwrap_or_default();
+        if saved.is_ok() {
+            self.slots.remove(id);
+            self.shared.registry.remove_container(id);
+            self.announce(id, EventKind::Deleted);
+        } else if let (Some(pod_waiters), Err(e)) = (self.remove.take(), &saved) {
+            answer(pod_waiters, &Err(e.copy()));
+        }
+        answer(waiters, &saved);
     }
 
     pub(super) fn update(&mut self, id: &str, resources: Box<LinuxContainerResources>, reply: Reply<()>) {
-        let context = self.context();
-        let Some(slot) = self.slots.get(id) else {
+        let Some(slot) = self.slots.get_mut(id) else {
             let _ = reply.send(Err(no_container(id)));
             return;
         };
@@ -271,21 +338,31 @@ impl Owner {
             let _ = reply.send(Err(e));
             return;
         }
+        slot.updates.push_back((resources, reply));
+        if slot.updates.len() == 1 {
+            self.next_update(id);
+        }
+    }
+
+    /// One update at a time: the next one is merged into what this one leaves.
+    fn next_update(&mut self, id: &str) {
+        let context = self.context();
+        let Some(slot) = self.slots.get(id) else { return };
+        let Some((resources, _)) = slot.updates.front() else { return };
         let info = slot.info.clone();
+        let merged = ops::merge_resources(info.record.resources.as_ref(), resources);
         self.spawn(async move {
-            let merged = ops::merge_resources(info.record.resources.as_ref(), &resources);
             let result = ops::update(&context, &info, &merged).await;
-            Done::Updated(info.id.clone(), Box::new(merged), result, reply)
+            Done::Updated(info.id.clone(), Box::new(merged), result)
         });
     }
 
-    pub(super) fn updated(&mut self, id: &str, merged: LinuxContainerResources, result: Result<()>, reply: Reply<()>) {
-        let Some(slot) = self.slots.get(id) else {
-            let _ = reply.send(Err(no_container(id)));
-            return;
-        };
+    pub(super) fn updated(&mut self, id: &str, merged: LinuxContainerResources, result: Result<()>) {
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        let Some((_, reply)) = slot.updates.pop_front() else { return };
         if result.is_err() {
             let _ = reply.send(result);
+            self.next_update(id);
             return;
         }
         let mut next = ContainerInfo::clone(&slot.info);
@@ -293,6 +370,7 @@ impl Owner {
         self.set_container(id, next, move |saved| {
             let _ = reply.send(saved);
         });
+        self.next_update(id);
     }
 }
 

@@ -21,7 +21,7 @@ use crate::registry::PodHandle;
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, PodInfo, PodView};
 use proto::cri::{ContainerConfig, LinuxContainerResources};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -107,18 +107,25 @@ pub enum Done {
     Started(String, Result<u32>),
     /// A stop: the container is dead, or not even SIGKILL could end it.
     StopEnded(String, Result<()>),
-    /// A container's exit stands in the database.
-    ExitSaved(String),
+    /// A container's exit stands in the database, or does not; whether it is
+    /// offered once more.
+    ExitSaved(String, Result<()>, bool),
+    /// It is time to offer it once more.
+    SaveExitAgain(String),
+    /// A container's record is gone, or is not.
+    Forgotten(String, Result<()>),
     /// A dead container's task, mounts and bundle are gone.
     TaskDeleted(String, Result<()>),
     /// A container's snapshot and files are gone.
     Removed(String, Result<()>),
-    /// An update of limits.
-    Updated(String, Box<LinuxContainerResources>, Result<()>, Reply<()>),
+    /// An update of limits, with the limits that hold if it succeeded.
+    Updated(String, Box<LinuxContainerResources>, Result<()>),
     /// The pod's shim, namespaces and files are gone.
     PodStopped(Result<()>),
-    /// The pod's record is gone.
+    /// What a stop may have left of the pod is gone.
     PodRemoved(Result<()>),
+    /// The pod's record is gone, or is not.
+    PodForgotten(Result<()>),
 }
 
 /// A start that runs.
@@ -146,6 +153,8 @@ struct Slot {
     stop_after_start: Vec<Reply<()>>,
     /// Its task is being deleted after its end.
     deleting_task: bool,
+    /// Updates of limits, the first of which runs.
+    updates: VecDeque<(Box<LinuxContainerResources>, Reply<()>)>,
     /// Removal was asked for.
     remove: Option<Vec<Reply<()>>>,
     removing: bool,
@@ -164,6 +173,7 @@ impl Slot {
             stop: None,
             stop_after_start: Vec::new(),
             deleting_task: false,
+            updates: VecDeque::new(),
             remove: None,
             removing: false,
             unkillable: false,
@@ -177,7 +187,8 @@ impl Slot {
 
     /// Nothing runs in it and nothing is being done to it.
     fn is_quiet(&self) -> bool {
-        self.start.is_none() && self.stop.is_none() && !self.deleting_task && !self.is_running()
+        let busy = self.start.is_some() || self.stop.is_some() || self.deleting_task || !self.updates.is_empty();
+        !busy && !self.is_running()
     }
 }
 
@@ -202,7 +213,14 @@ pub struct Owner {
 
 impl Owner {
     /// Starts the owner of a pod that exists, registers it, and returns its handle.
-    pub fn start(shared: Arc<Shared>, pod: PodInfo, key: String, containers: Vec<ContainerInfo>) -> Arc<PodHandle> {
+    /// Of `old_tasks`, containers all, it deletes what an earlier daemon left.
+    pub fn start(
+        shared: Arc<Shared>,
+        pod: PodInfo,
+        key: String,
+        containers: Vec<ContainerInfo>,
+        old_tasks: &[String],
+    ) -> Arc<PodHandle> {
         let (mailbox, rx) = mpsc::unbounded_channel();
         let no_init = pod.state.init_pid == 0;
         let pod = Arc::new(pod);
@@ -214,7 +232,7 @@ impl Owner {
             shared.registry.add_container(&container.id, &handle);
             slots.insert(container.id.clone(), Slot::new(Arc::new(container)));
         }
-        let owner = Self {
+        let mut owner = Self {
             shared,
             pod,
             key,
@@ -230,6 +248,9 @@ impl Owner {
             removing: false,
             gone: false,
         };
+        for id in old_tasks {
+            owner.delete_old_task(id);
+        }
         owner.publish();
         tokio::spawn(owner.run(rx));
         handle
@@ -266,16 +287,15 @@ impl Owner {
             Done::Created(key, result) => self.created(&key, result),
             Done::Started(id, result) => self.started(&id, result),
             Done::StopEnded(id, result) => self.stop_ended(&id, result),
-            Done::ExitSaved(id) => {
-                if let Some(slot) = self.slots.get(&id) {
-                    slot.ended.send_replace(true);
-                }
-            }
+            Done::ExitSaved(id, saved, again) => self.exit_saved(&id, saved, again),
+            Done::SaveExitAgain(id) => self.save_exit_again(&id),
+            Done::Forgotten(id, saved) => self.forgotten(&id, saved),
             Done::TaskDeleted(id, result) => self.task_deleted(&id, result),
             Done::Removed(id, result) => self.removed(&id, result),
-            Done::Updated(id, resources, result, reply) => self.updated(&id, *resources, result, reply),
+            Done::Updated(id, resources, result) => self.updated(&id, *resources, result),
             Done::PodStopped(result) => self.pod_stopped(result),
             Done::PodRemoved(result) => self.pod_removed(result),
+            Done::PodForgotten(saved) => self.pod_forgotten(saved),
         }
     }
 

@@ -16,10 +16,7 @@ impl Owner {
     }
 
     pub(super) fn stop_pod(&mut self, reply: Reply<()>) {
-        if self.stop.is_none()
-            && self.pod.state.phase == PodPhase::NotReady
-            && self.slots.values().all(|s| s.is_quiet())
-        {
+        if self.stop.is_none() && self.pod.state.torn_down && self.slots.values().all(|s| s.is_quiet()) {
             let _ = reply.send(Ok(()));
             return;
         }
@@ -55,13 +52,14 @@ impl Owner {
         for id in ready {
             self.begin_removal(&id);
         }
+        // Before the stop, which a removal may ask for.
+        if self.remove.is_some() && !self.removing && self.stop.is_none() {
+            self.progress_removal();
+        }
         if self.stop.is_some() && !self.stopping && self.creating.is_empty() && self.all_ended() {
             self.stopping = true;
             let context = self.context();
             self.spawn(async move { Done::PodStopped(ops::stop_pod(&context).await) });
-        }
-        if self.remove.is_some() && !self.removing && self.stop.is_none() {
-            self.progress_removal();
         }
     }
 
@@ -71,7 +69,7 @@ impl Owner {
     }
 
     fn progress_removal(&mut self) {
-        if self.pod.state.phase == PodPhase::Ready || self.slots.values().any(|s| s.is_running() || s.start.is_some()) {
+        if !self.pod.state.torn_down || self.slots.values().any(|s| s.is_running() || s.start.is_some()) {
             self.begin_stop(None);
             return;
         }
@@ -111,6 +109,7 @@ impl Owner {
         let mut next = PodInfo::clone(&self.pod);
         let was_ready = next.state.phase == PodPhase::Ready;
         next.state.phase = PodPhase::NotReady;
+        next.state.torn_down = true;
         next.state.process = None;
         next.state.init_pid = 0;
         self.set_pod(next, move |saved| answer(waiters, &saved));
@@ -120,19 +119,31 @@ impl Owner {
         }
     }
 
+    /// Nothing of it is left on the node: its record goes, and only then its name,
+    /// so that a retry after a full disk finds it again.
     pub(super) fn pod_removed(&mut self, result: Result<()>) {
-        self.removing = false;
-        let waiters = self.remove.take().unwrap_or_default();
         if result.is_err() {
-            answer(waiters, &result);
+            self.removing = false;
+            answer(self.remove.take().unwrap_or_default(), &result);
             return;
         }
-        self.gone = true;
-        let id = self.pod.id.clone();
-        self.shared.timelines.remove(&id);
-        self.shared.registry.remove_pod(&self.key, &id);
-        self.shared.events.send(&id, EventKind::Deleted, None);
-        self.shared.journal.submit(Write::DeletePod(id), move |saved| answer(waiters, &saved));
+        let mailbox = self.mailbox.clone();
+        self.shared.journal.submit(Write::DeletePod(self.pod.id.clone()), move |saved| {
+            let _ = mailbox.send(super::Msg::Done(Done::PodForgotten(saved)));
+        });
+    }
+
+    pub(super) fn pod_forgotten(&mut self, saved: Result<()>) {
+        self.removing = false;
+        let waiters = self.remove.take().unwrap_or_default();
+        if saved.is_ok() {
+            self.gone = true;
+            let id = self.pod.id.clone();
+            self.shared.timelines.remove(&id);
+            self.shared.registry.remove_pod(&self.key, &id);
+            self.shared.events.send(&id, EventKind::Deleted, None);
+        }
+        answer(waiters, &saved);
     }
 
     /// The shim's containers have been reported before. The pod's namespaces are

@@ -135,6 +135,8 @@ impl Inner {
                             shim.kill();
                             return;
                         }
+                        // One that hangs up at once each time must cost no core.
+                        tokio::time::sleep(WAIT_AGAIN).await;
                     }
                     Err(e) => {
                         let e = e.within("wait for its end", Duration::ZERO);
