@@ -1,12 +1,20 @@
 //! A private daemon of ours.
 
-use crate::client::Cri;
-use crate::node::{children, wait_for};
+use crate::client::{Cri, pod};
+use crate::node::{Footprint, children, processes, wait_for};
+use proto::cri::PodSandboxConfig;
+use std::collections::BTreeSet;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use testkit::{ImageBuilder, TempRoot};
+
+/// How many daemons this process has made, and how many there are now.
+static MADE: AtomicUsize = AtomicUsize::new(0);
+static ALIVE: AtomicUsize = AtomicUsize::new(0);
 
 /// Where the binaries under test are: `LONGSHORE_BIN_DIR`, or `out/bin`, which
 /// `make build` fills.
@@ -29,6 +37,9 @@ pub struct Daemon {
     root: TempRoot,
     child: Option<Child>,
     config: String,
+    cgroup: String,
+    /// Ids of pods that were seen, whose netns may be left.
+    seen: Mutex<BTreeSet<String>>,
 }
 
 impl Daemon {
@@ -39,32 +50,39 @@ impl Daemon {
 
     /// Starts one with a configuration file.
     pub async fn with(config: &str) -> Self {
-        let root = TempRoot::new();
+        Self::on(TempRoot::new(), config).await
+    }
+
+    /// Starts one with a configuration file, on a given directory.
+    pub async fn on(root: TempRoot, config: &str) -> Self {
+        let cgroup = format!("longshore-e2e-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        ALIVE.fetch_add(1, Ordering::Relaxed);
         std::fs::write(root.join("config.toml"), config).unwrap();
-        let mut daemon = Self { root, child: None, config: config.to_string() };
+        std::fs::create_dir(root.join("config.toml.d")).unwrap();
+        let shims = format!("[runtime]\nshim_cgroup = \"/{cgroup}/shims\"\n");
+        std::fs::write(root.join("config.toml.d/shims.toml"), shims).unwrap();
+        let mut daemon = Self { root, child: None, config: config.to_string(), cgroup, seen: Mutex::default() };
         daemon.begin().await;
         daemon
     }
 
+    /// [`pod`](crate::pod), in a cgroup of this daemon's own.
+    pub fn pod(&self, name: &str) -> PodSandboxConfig {
+        let mut config = pod(name);
+        if let Some(linux) = &mut config.linux {
+            linux.cgroup_parent = format!("/{}/{name}", self.cgroup);
+        }
+        config
+    }
+
+    /// The name of its cgroup, directly below each hierarchy's root.
+    pub fn cgroup(&self) -> &str {
+        &self.cgroup
+    }
+
     /// Starts the daemon again, after [`Daemon::kill`] or [`Daemon::terminate`].
     pub async fn begin(&mut self) {
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
-        let mut command = Command::new(bin_dir().join("longshore"));
-        command
-            .arg("serve")
-            .arg("--config")
-            .arg(self.root.join("config.toml"))
-            .arg("--socket")
-            .arg(self.socket())
-            .arg("--root")
-            .arg(self.root.join("root"))
-            .arg("--state")
-            .arg(self.state())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .process_group(0);
-        self.child = Some(command.spawn().unwrap());
+        self.spawn();
         let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
         loop {
             if let Ok(cri) = Cri::connect(&self.socket()).await
@@ -77,6 +95,29 @@ impl Daemon {
             assert!(tokio::time::Instant::now() < deadline, "the daemon does not answer\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    fn spawn(&mut self) {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
+        let mut command = self.serve();
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).process_group(0);
+        self.child = Some(command.spawn().unwrap());
+    }
+
+    /// The command line that serves from its directories.
+    pub fn serve(&self) -> Command {
+        let mut command = Command::new(bin_dir().join("longshore"));
+        command
+            .arg("serve")
+            .arg("--config")
+            .arg(self.root.join("config.toml"))
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--root")
+            .arg(self.root.join("root"))
+            .arg("--state")
+            .arg(self.state());
+        command
     }
 
     /// Its client.
@@ -142,9 +183,41 @@ impl Daemon {
 
     /// kill -9, and its death.
     pub fn kill(&mut self) {
+        self.see_pods();
         let mut child = self.child.take().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
+        self.see_pods();
+    }
+
+    /// Notes the pods of which anything lies in the state directory.
+    fn see_pods(&self) -> BTreeSet<String> {
+        let mut seen = self.seen.lock().unwrap();
+        for dir in ["ns", "bundles"] {
+            let Ok(entries) = std::fs::read_dir(self.state().join(dir)) else { continue };
+            seen.extend(entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()));
+        }
+        seen.clone()
+    }
+
+    /// What the node holds of it and its pods now.
+    pub fn footprint(&self) -> Footprint {
+        let own = self.child.as_ref().map(Child::id);
+        Footprint::of(self.dir(), &self.cgroup, &self.see_pods(), own)
+    }
+
+    /// That the node holds no more of it than `before`, at the latest after 20 s:
+    /// the kernel frees some things later.
+    pub fn leaves_nothing_but(&self, before: &Footprint) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            let more = self.footprint().beyond(before);
+            if more.is_empty() {
+                return;
+            }
+            assert!(std::time::Instant::now() < deadline, "left behind: {more:#?}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// SIGTERM, and its end.
@@ -169,14 +242,69 @@ impl Daemon {
     }
 }
 
-fn processes() -> Vec<u32> {
-    let names = std::fs::read_dir("/proc").unwrap().flatten();
-    names.filter_map(|e| e.file_name().to_string_lossy().parse().ok()).collect()
-}
-
-fn signal(pid: u32, signal: rustix::process::Signal) {
+/// Sends a signal; a process that is gone is no trouble.
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).unwrap();
     let _ = rustix::process::kill_process(pid, signal);
+}
+
+impl Daemon {
+    /// Stops and removes every pod; a daemon that is dead is started again for it
+    /// where there is anything of pods.
+    fn remove_pods(&mut self) -> Vec<String> {
+        let ended = self.child.as_mut().is_none_or(|c| c.try_wait().is_ok_and(|s| s.is_some()));
+        if ended {
+            let idle = |dir: &str| std::fs::read_dir(self.state().join(dir)).map_or(0, Iterator::count) == 0;
+            if idle("bundles") && idle("ns") {
+                return Vec::new();
+            }
+            self.spawn();
+        }
+        let socket = self.socket();
+        // A runtime of its own: the test's may be the one that is unwinding.
+        let cleaned = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let all = async {
+                    loop {
+                        match Cri::connect(&socket).await {
+                            Ok(cri) => return cri.remove_all().await,
+                            Err(_) if ended => tokio::time::sleep(Duration::from_millis(50)).await,
+                            Err(_) => return Vec::new(),
+                        }
+                    }
+                };
+                tokio::time::timeout(Duration::from_secs(60), all).await
+            })
+        });
+        match cleaned.join() {
+            Ok(Ok(failures)) => failures.iter().map(ToString::to_string).collect(),
+            Ok(Err(_)) => vec!["it took longer than a minute".into()],
+            Err(_) => vec!["the client panicked".into()],
+        }
+    }
+
+    /// By force, what a killed daemon or a failed test left.
+    fn sweep(&self) {
+        let own = format!("/{}/", self.cgroup);
+        for pid in self.shims() {
+            for child in children(pid) {
+                signal(child, rustix::process::Signal::KILL);
+            }
+            signal(pid, rustix::process::Signal::KILL);
+        }
+        for pid in processes() {
+            let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+            if cgroup.contains(&own) {
+                signal(pid, rustix::process::Signal::KILL);
+            }
+        }
+        for id in self.see_pods() {
+            let pin = crate::node::netns(&id);
+            let _ = rustix::mount::unmount(&pin, rustix::mount::UnmountFlags::DETACH);
+            let _ = std::fs::remove_file(&pin);
+        }
+    }
 }
 
 impl Drop for Daemon {
@@ -184,48 +312,39 @@ impl Drop for Daemon {
         if std::thread::panicking() {
             eprintln!("--- the daemon's log\n{}", self.log());
         }
-        // A runtime of its own: the test's may be the one that is unwinding.
-        let socket = self.socket();
-        let cleaned = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                let all = async {
-                    match Cri::connect(&socket).await {
-                        Ok(cri) => cri.remove_all().await,
-                        Err(_) => Vec::new(),
-                    }
-                };
-                tokio::time::timeout(Duration::from_secs(60), all).await
-            })
-        });
-        let failures = cleaned.join();
+        let failures = self.remove_pods();
         if let Some(mut child) = self.child.take() {
             signal(child.id(), rustix::process::Signal::TERM);
             let _ = child.wait();
         }
-        // What a killed daemon or a failed test left.
-        for pid in self.shims() {
-            for child in children(pid) {
-                signal(child, rustix::process::Signal::KILL);
-            }
-            signal(pid, rustix::process::Signal::KILL);
+        self.sweep();
+        let panicking = std::thread::panicking();
+        let mut all = vec![self.cgroup.clone()];
+        if ALIVE.fetch_sub(1, Ordering::Relaxed) == 1 {
+            all.push(format!("longshore-e2e-{}", std::process::id()));
         }
-        remove_cgroups(&format!("longshore-e2e-{}", std::process::id()));
-        if !std::thread::panicking() {
-            wait_for("the shims' end", Duration::from_secs(10), || self.shims().is_empty());
-            if let Ok(Ok(failures)) = failures {
-                assert!(failures.is_empty(), "pods could not be removed: {failures:?}");
+        for _ in 0..100 {
+            all.retain(|name| !remove_cgroups(name));
+            if all.is_empty() {
+                break;
             }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        if !panicking {
+            wait_for("the shims' end", Duration::from_secs(10), || self.shims().is_empty());
+            assert!(failures.is_empty(), "pods could not be removed: {failures:?}");
         }
     }
 }
 
 /// Removes empty cgroups of the test's own name in every hierarchy.
-fn remove_cgroups(name: &str) {
-    let Ok(hierarchies) = std::fs::read_dir("/sys/fs/cgroup") else { return };
-    for dir in hierarchies.flatten().map(|h| h.path().join(name)).chain([Path::new("/sys/fs/cgroup").join(name)]) {
-        remove_tree(&dir);
+/// True when none is left.
+fn remove_cgroups(name: &str) -> bool {
+    let dirs = crate::node::cgroups(name);
+    for dir in &dirs {
+        remove_tree(dir);
     }
+    dirs.iter().all(|dir| !dir.exists())
 }
 
 fn remove_tree(dir: &Path) {

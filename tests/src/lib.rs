@@ -10,5 +10,8 @@ mod daemon;
 mod node;
 
 pub use client::{Cri, container, pod};
-pub use daemon::{Daemon, bin_dir, busybox};
-pub use node::{Leftovers, children, command_line, pss_kib, wait_for};
+pub use daemon::{Daemon, bin_dir, busybox, signal};
+pub use node::{
+    Footprint, Leftovers, children, command_line, in_pid_namespace, namespace, netns, open_fds, own_memory_kib,
+    pss_kib, wait_for,
+};
