@@ -98,10 +98,8 @@ impl Owner {
         let mut errors = std::mem::take(&mut self.stop_errors);
         errors.extend(result.err());
         let outcome = Error::join(&format!("stop pod {}", self.pod.name()), errors);
-        if let (Err(e), Some(waiters)) = (&outcome, self.remove.take()) {
-            answer(waiters, &Err(e.copy()));
-        }
-        if outcome.is_err() {
+        if let Err(e) = &outcome {
+            answer(self.remove.take().unwrap_or_default(), &Err(e.copy()));
             // Still READY: the kubelet asks again, and what is left is tried again.
             answer(waiters, &outcome);
             return;
