@@ -8,6 +8,7 @@
 //! cri_log.rs the CRI log's lines (pure)
 //! writer.rs  the one thread that writes to files
 //! capped.rs  the first N bytes of a stream, the rest thrown away
+//! logger.rs  logging binaries: programs that take both streams
 //! ```
 //!
 //! What nobody has to look at is not copied by us: a FIFO is handed to the
@@ -16,6 +17,7 @@
 mod capped;
 pub mod cri_log;
 pub mod fifo;
+pub mod logger;
 pub mod pump;
 mod uri;
 mod watch;

@@ -3,6 +3,7 @@ pub mod malloc;
 pub mod pidfd;
 pub mod process;
 pub mod pty;
+pub mod spawn;
 
 pub mod link;
 pub mod mount;
