@@ -128,16 +128,11 @@ done
 for file in $(processes); do
   left+=("process $(tr '\0' ' ' <"${file%/*}/cmdline")")
 done
-# What is the daemon's and not a pod's outlives it, for the next start: the place
-# where namespaces are pinned, and the shims' cgroup. Both are taken down here.
-mountpoint -q "$work/state/ns" && umount "$work/state/ns"
 mounts=$(grep -F -- "$work" /proc/self/mountinfo || true)
 [[ -z $mounts ]] || left+=("mounts: $mounts")
 [[ ! -e $netns ]] || left+=("network namespace $netns")
-cgroups=$(find /sys/fs/cgroup -type d -path "*/$group/*" ! -path "*/$group/shims" 2>/dev/null || true)
+cgroups=$(find /sys/fs/cgroup -type d -path "*/$group*" 2>/dev/null || true)
 [[ -z $cgroups ]] || left+=("cgroups: $cgroups")
-find /sys/fs/cgroup -depth -type d -path "*/$group*" -exec rmdir {} + 2>/dev/null || true
-[[ -z $(find /sys/fs/cgroup -type d -path "*/$group*" 2>/dev/null) ]] || left+=("cgroups that can't be removed")
 logs=$(find "$work/root/logs" -mindepth 1 2>/dev/null || true)
 [[ -z $logs ]] || left+=("logs: $logs")
 [[ $(ls -d /var/lib/longshore /run/longshore 2>/dev/null || true) == "$usual_before" ]] || left+=("files in the usual places")

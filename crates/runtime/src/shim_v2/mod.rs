@@ -53,6 +53,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedSender;
 use types::{Error, Result, Signal};
 
+/// Where our own shim puts its sockets, whose paths must be short, and what it may
+/// have made above.
+const OUR_SOCKETS: [&str; 2] = ["/run/longshore/s", "/run/longshore"];
+
 /// Runs pods through a shim v2 binary.
 pub struct ShimManager {
     inner: Arc<Inner>,
@@ -107,8 +111,15 @@ impl ShimManager {
     }
 
     /// Before the daemon's end: takes back the cgroup `containers`, which runtimes
-    /// make for pods that name none, and that of the shims, where they are empty.
+    /// make for pods that name none, that of the shims, and the directory of our
+    /// shims' sockets, where they are empty.
     pub fn release(&self, containers: &str) {
+        for dir in OUR_SOCKETS {
+            // Not empty is the usual reason: another daemon's shims, or this one's.
+            if std::fs::remove_dir(dir).is_err() {
+                break;
+            }
+        }
         cgroup::release(containers);
         if let Some(cgroup) = &self.inner.cfg.shim_cgroup {
             cgroup::release(cgroup);
