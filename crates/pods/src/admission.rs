@@ -27,12 +27,6 @@ pub fn create(pod: &PodInfo, going: bool, key: &str, holder: Option<&str>) -> Re
 /// May this container be started?
 pub fn start(pod: &PodInfo, going: bool, container: &ContainerInfo, removing: bool, busy: bool) -> Result<()> {
     let name = container.name_key();
-    if busy {
-        return Err(Error::unavailable(format!(
-            "container {name} ({:.12}) is being updated or cleaned up after a restart; try again",
-            container.id
-        )));
-    }
     if removing {
         return Err(Error::precondition(format!("container {name} ({:.12}) is being removed", container.id)));
     }
@@ -41,6 +35,12 @@ pub fn start(pod: &PodInfo, going: bool, container: &ContainerInfo, removing: bo
             "container {name} ({:.12}) is in {} state; only a created one can be started, once",
             container.id,
             container.state().name()
+        )));
+    }
+    if busy {
+        return Err(Error::unavailable(format!(
+            "container {name} ({:.12}) is being updated or cleaned up after a restart; try again",
+            container.id
         )));
     }
     ready(pod, going)

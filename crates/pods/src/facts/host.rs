@@ -7,7 +7,7 @@ use spec::{HostDevice, HostFacts};
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use types::{Error, Result, ResultExt};
+use types::{Error, ErrorKind, Result, ResultExt};
 
 /// The largest seccomp profile that is read, in bytes.
 const LARGEST_PROFILE: u64 = 4 << 20;
@@ -111,11 +111,21 @@ pub fn make_missing(paths: &[PathBuf]) -> Result<()> {
                 .recursive(true)
                 .mode(0o755)
                 .create(path)
-                .context(|| format!("make the host path {} of a mount", path.display()))?,
-            Err(e) => return Err(e).context(|| format!("look at the host path {} of a mount", path.display())),
+                .or_else(|e| unusable(e, || format!("make the host path {} of a mount", path.display())))?,
+            Err(e) => unusable(e, || format!("look at the host path {} of a mount", path.display()))?,
         }
     }
     Ok(())
+}
+
+/// What is in the way of a host path is the configuration's fault; a full or
+/// failing disk isn't.
+fn unusable(e: std::io::Error, what: impl FnOnce() -> String) -> Result<()> {
+    use std::io::ErrorKind::{AlreadyExists, NotADirectory, NotFound};
+    match e.kind() {
+        AlreadyExists | NotADirectory | NotFound => Err(e).context_kind(ErrorKind::InvalidArgument, what),
+        _ => Err(e).context(what),
+    }
 }
 
 /// Reads a localhost seccomp profile.
@@ -177,7 +187,11 @@ mod tests {
         make_missing(&[file.clone(), missing.clone()]).unwrap();
         assert!(missing.is_dir() && file.is_file());
         assert_eq!(missing.metadata().unwrap().mode() & 0o7000, 0);
-        assert!(make_missing(&[file.join("below")]).is_err());
+        let dangling = dir.path().join("dangling");
+        std::os::unix::fs::symlink("/no/such/target", &dangling).unwrap();
+        for in_the_way in [file.join("below"), dangling] {
+            assert_eq!(make_missing(&[in_the_way]).unwrap_err().kind(), ErrorKind::InvalidArgument);
+        }
     }
 
     #[test]

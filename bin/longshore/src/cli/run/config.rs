@@ -10,24 +10,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use types::{Error, Result, ResultExt};
 
-/// What is hidden in a container and what can't be written, as a kubelet asks for
-/// unless told otherwise.
-const MASKED: [&str; 12] = [
-    "/proc/asound",
-    "/proc/acpi",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/sys/firmware",
-    "/sys/devices/virtual/powercap",
-];
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
-
 /// The period, in microseconds, in which a share of processor time is granted.
 const CPU_PERIOD: i64 = 100_000;
 
@@ -85,8 +67,8 @@ fn security(args: &RunArgs) -> Result<LinuxContainerSecurityContext> {
     let mut context = LinuxContainerSecurityContext {
         privileged: args.privileged,
         readonly_rootfs: args.read_only,
-        masked_paths: paths(&MASKED),
-        readonly_paths: paths(&READ_ONLY),
+        masked_paths: paths(&spec::DEFAULT_MASKED_PATHS),
+        readonly_paths: paths(&spec::DEFAULT_READONLY_PATHS),
         seccomp: Some(seccomp(args.privileged)),
         ..LinuxContainerSecurityContext::default()
     };
