@@ -140,7 +140,7 @@ pub struct Footprint {
     pub netns: BTreeSet<String>,
     /// Processes in its cgroup, or that name its directory; zombies don't count.
     pub processes: BTreeSet<String>,
-    /// Cgroups below its own, but for the shims'.
+    /// Containers' cgroups.
     pub cgroups: BTreeSet<String>,
     /// Bundles, namespaces, snapshots, and whatever else has a name per pod or
     /// container on disk.
@@ -164,9 +164,12 @@ impl Footprint {
         });
         let mut cgroups = BTreeSet::new();
         for root in crate::node::cgroups(cgroup) {
-            names(&root, 2, &mut cgroups);
+            let mut below = BTreeSet::new();
+            names(&root, 2, &mut below);
+            // A pod's own cgroup is its kubelet's to remove.
+            below.retain(|c| Path::new(c).parent() != Some(&root));
+            cgroups.extend(below);
         }
-        cgroups.retain(|c| !c.ends_with("/shims"));
         let mut files = BTreeSet::new();
         for (sub, depth) in [
             ("state/bundles", 2),

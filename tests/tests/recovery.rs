@@ -1,0 +1,339 @@
+//! What the death of the daemon, of a shim, of both, and of the node leaves, against
+//! a real shim and runtime (behaviours.md sections 5 and 6).
+
+use longshore_tests::{
+    Cri, Daemon, busybox, children, command_line, container, in_pid_namespace, namespace, signal, wait_for,
+};
+use proto::cri::*;
+use std::process::Stdio;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::task::JoinSet;
+
+const IMAGE: &str = "localhost/test/busybox:1";
+const BOUND: Duration = Duration::from_secs(30);
+
+async fn start() -> (Daemon, Cri) {
+    let daemon = Daemon::start().await;
+    daemon.import(&busybox(), IMAGE);
+    let cri = daemon.cri().await;
+    (daemon, cri)
+}
+
+/// A container that takes the network that its pod has.
+fn container_of(pod: &PodSandboxConfig, name: &str, command: &[&str]) -> ContainerConfig {
+    let mut c = container(name, IMAGE, command);
+    let options = pod.linux.as_ref().unwrap().security_context.as_ref().unwrap().namespace_options.clone();
+    c.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options = options;
+    c
+}
+
+fn shared_pid(pod: &mut PodSandboxConfig, containers: &mut [&mut ContainerConfig]) {
+    let mode = NamespaceMode::Pod.into();
+    let linux = pod.linux.as_mut().unwrap();
+    linux.security_context.as_mut().unwrap().namespace_options.as_mut().unwrap().pid = mode;
+    for c in containers {
+        let security = c.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+        security.namespace_options.as_mut().unwrap().pid = mode;
+    }
+}
+
+async fn pid_of(cri: &Cri, id: &str) -> u32 {
+    u32::try_from(cri.info(id).await.unwrap()["pid"].as_u64().unwrap()).unwrap()
+}
+
+async fn pod_state(cri: &Cri, id: &str) -> PodSandboxState {
+    cri.pod_status(id).await.unwrap().status.unwrap().state()
+}
+
+fn kill(pid: u32) {
+    signal(pid, rustix::process::Signal::KILL);
+}
+
+fn lines(path: &std::path::Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(|l| l.splitn(4, ' ').nth(3)).map(str::to_string).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_daemon_finds_all_again() {
+    let (mut daemon, cri) = start().await;
+    for shared in [false, true] {
+        let name = if shared { "shared" } else { "private" };
+        let mut config = daemon.pod(name);
+        config.log_directory = daemon.dir().join(format!("log-{name}")).to_string_lossy().into_owned();
+        let talk = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.05; done";
+        let mut talker = container("talker", IMAGE, &["sh", "-c", talk]);
+        talker.log_path = "talker.log".into();
+        let mut brief = container("brief", IMAGE, &["sh", "-c", "while [ ! -e /go/now ]; do sleep 0.05; done; exit 7"]);
+        let go = daemon.dir().join(format!("go-{name}"));
+        std::fs::create_dir(&go).unwrap();
+        let host_path = go.to_string_lossy().into_owned();
+        brief.mounts = vec![Mount { container_path: "/go".into(), host_path, ..Default::default() }];
+        let mut created = container("created", IMAGE, &["sh", "-c", "exit 3"]);
+        let mut old = container("old", IMAGE, &["sh", "-c", "exit 4"]);
+        if shared {
+            shared_pid(&mut config, &mut [&mut talker, &mut brief, &mut created, &mut old]);
+        }
+        let cri = daemon.cri().await;
+        let pod = cri.run_pod(&config).await.unwrap();
+        let talker = cri.run(&pod, &talker, &config).await.unwrap();
+        let brief = cri.run(&pod, &brief, &config).await.unwrap();
+        let created = cri.create(&pod, &created, &config).await.unwrap();
+        let old = cri.run(&pod, &old, &config).await.unwrap();
+        let old_status = cri.exited(&old, BOUND).await;
+        let (pid, brief_pid) = (pid_of(&cri, &talker).await, pid_of(&cri, &brief).await);
+        let shims = daemon.shims();
+        let pending = tokio::spawn({
+            let (cri, id) = (cri.clone(), talker.clone());
+            async move { cri.exec(&id, &["sleep", "8765"], 0).await }
+        });
+        let execs = || in_pid_namespace(pid).iter().filter(|(_, line)| line == "sleep 8765").count();
+        wait_for("the exec runs", BOUND, || execs() == 1);
+
+        daemon.kill();
+        assert!(pending.await.unwrap().is_err());
+        std::fs::write(go.join("now"), "").unwrap();
+        wait_for("a container ends while there is no daemon", BOUND, || command_line(brief_pid).is_empty());
+        let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+        let log = daemon.dir().join(format!("log-{name}/talker.log"));
+        let written = lines(&log).len();
+        wait_for("the log goes on without a daemon", BOUND, || lines(&log).len() > written + 5);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        daemon.begin().await;
+
+        let cri = daemon.cri().await;
+        assert_eq!(pod_state(&cri, &pod).await, PodSandboxState::SandboxReady);
+        assert_eq!(pid_of(&cri, &talker).await, pid, "{name}");
+        assert_eq!(daemon.shims(), shims);
+        let status = cri.exited(&brief, BOUND).await;
+        assert_eq!((status.exit_code, status.reason.as_str()), (7, "Error"), "{name}: {status:?}");
+        assert!(u128::try_from(status.finished_at).unwrap() <= ended, "it is known when it ended");
+        let again = cri.status(&old).await.unwrap();
+        assert_eq!((again.exit_code, again.finished_at), (4, old_status.finished_at));
+        wait_for("the exec that nobody waits for is killed", BOUND, || execs() == 0);
+        assert_eq!(cri.exec(&talker, &["echo", "still"], 10).await.unwrap().stdout, "still\n");
+        let written = lines(&log).len();
+        wait_for("the log goes on", BOUND, || lines(&log).len() > written + 5);
+        // What was created can be started, and ends are told as before.
+        cri.start(&created).await.unwrap();
+        assert_eq!(cri.exited(&created, BOUND).await.exit_code, 3);
+        cri.runtime
+            .clone()
+            .reopen_container_log(ReopenContainerLogRequest { container_id: talker.clone() })
+            .await
+            .unwrap();
+        cri.stop(&talker, 0).await.unwrap();
+        let code = cri.status(&talker).await.unwrap().exit_code;
+        assert!(code == 137 || (shared && code == 143), "{code}");
+        let numbers: Vec<usize> = lines(&log).iter().map(|l| l.parse().unwrap()).collect();
+        assert!(numbers.iter().copied().eq(1..=numbers.len()), "no line is lost: {numbers:?}");
+        cri.stop_pod(&pod).await.unwrap();
+        cri.remove_pod(&pod).await.unwrap();
+    }
+    drop(cri);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn daemon_and_shim_die_together() {
+    let (mut daemon, cri) = start().await;
+    let before = daemon.footprint();
+    let config = daemon.pod("both");
+    let pod = cri.run_pod(&config).await.unwrap();
+    let id = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
+    let go = daemon.dir().join("go");
+    std::fs::create_dir(&go).unwrap();
+    let mut brief = container("brief", IMAGE, &["sh", "-c", "while [ ! -e /go/now ]; do sleep 0.05; done; exit 9"]);
+    let host_path = go.to_string_lossy().into_owned();
+    brief.mounts = vec![Mount { container_path: "/go".into(), host_path, ..Default::default() }];
+    let brief = cri.run(&pod, &brief, &config).await.unwrap();
+    let (pid, brief_pid) = (pid_of(&cri, &id).await, pid_of(&cri, &brief).await);
+    let shim = daemon.shims()[0];
+    daemon.kill();
+    // The shim writes the exit down before it could tell anybody.
+    std::fs::write(go.join("now"), "").unwrap();
+    wait_for("a container ends while there is no daemon", BOUND, || command_line(brief_pid).is_empty());
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    kill(shim);
+    wait_for("the shim is dead", BOUND, || command_line(shim).is_empty());
+    daemon.begin().await;
+    let cri = daemon.cri().await;
+    assert_eq!(cri.status(&brief).await.unwrap().exit_code, 9, "its certificate outlives both");
+    let status = cri.exited(&id, BOUND).await;
+    assert_eq!(status.exit_code, 137, "{status:?}");
+    wait_for("the orphaned process is dead", BOUND, || command_line(pid).is_empty());
+    assert_eq!(pod_state(&cri, &pod).await, PodSandboxState::SandboxReady);
+    let mut again = container("main", IMAGE, &["sleep", "100000"]);
+    again.metadata.as_mut().unwrap().attempt = 1;
+    let id = cri.run(&pod, &again, &config).await.unwrap();
+    assert_eq!(cri.exec(&id, &["echo", "new"], 10).await.unwrap().stdout, "new\n");
+    cri.remove_pod(&pod).await.unwrap();
+    daemon.leaves_nothing_but(&before);
+
+    // A pod whose init died with its shim is NOTREADY.
+    let mut config = daemon.pod("both-init");
+    let mut c = container("main", IMAGE, &["sleep", "100000"]);
+    shared_pid(&mut config, &mut [&mut c]);
+    let pod = cri.run_pod(&config).await.unwrap();
+    let id = cri.run(&pod, &c, &config).await.unwrap();
+    let shim = daemon.shims()[0];
+    daemon.kill();
+    kill(shim);
+    daemon.begin().await;
+    let cri = daemon.cri().await;
+    assert_eq!(cri.exited(&id, BOUND).await.exit_code, 137);
+    assert_eq!(pod_state(&cri, &pod).await, PodSandboxState::SandboxNotready);
+    cri.remove_pod(&pod).await.unwrap();
+    daemon.leaves_nothing_but(&before);
+}
+
+/// Everything that a kubelet does with one pod, over and over, whatever fails.
+async fn churn(cri: Cri, config: PodSandboxConfig) {
+    for attempt in 0.. {
+        let Ok(pod) = cri.run_pod(&config).await else { return };
+        let mut c = container_of(&config, "main", &["sh", "-c", "sleep 0.05; exit 1"]);
+        c.metadata.as_mut().unwrap().attempt = attempt;
+        let Ok(a) = cri.run(&pod, &c, &config).await else { return };
+        c.metadata.as_mut().unwrap().name = "second".into();
+        c.command = vec!["sleep".into(), "100000".into()];
+        let Ok(b) = cri.run(&pod, &c, &config).await else { return };
+        let _ = cri.exec(&b, &["true"], 5).await;
+        let _ = (cri.stop(&b, 0).await, cri.remove(&a).await);
+        if cri.stop_pod(&pod).await.is_err() || cri.remove_pod(&pod).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_at_any_moment_leaves_nothing_that_cannot_be_removed() {
+    let (mut daemon, first) = start().await;
+    drop(first);
+    let before = daemon.footprint();
+    // Chosen by the clock: each run tries other moments; the seed is printed.
+    let mut seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos() | 1;
+    println!("seed {seed}");
+    for round in 0..15 {
+        let mut work = JoinSet::new();
+        for n in 0..3 {
+            let mut config = daemon.pod(&format!("churn-{n}"));
+            config.metadata.as_mut().unwrap().attempt = round;
+            let options = config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut();
+            options.unwrap().network = if n == 0 { NamespaceMode::Node } else { NamespaceMode::Pod }.into();
+            let mut none: [&mut ContainerConfig; 0] = [];
+            if n == 2 {
+                shared_pid(&mut config, &mut none);
+            }
+            work.spawn(churn(daemon.cri().await, config));
+        }
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        tokio::time::sleep(Duration::from_millis(u64::from(seed >> 8) % 600)).await;
+        daemon.kill();
+        work.join_all().await;
+        daemon.begin().await;
+        let cri = daemon.cri().await;
+        for pod in cri.pods().await.unwrap() {
+            let status = cri.pod_status(&pod).await.unwrap();
+            for c in &status.containers_statuses {
+                if c.state() == ContainerState::ContainerRunning {
+                    let pid = pid_of(&cri, &c.id).await;
+                    assert!(pid == 0 || !namespace(pid, "pid").is_empty() || ended_since(&cri, &c.id).await, "{c:?}");
+                }
+            }
+        }
+        let failures = cri.remove_all().await;
+        assert!(failures.is_empty(), "round {round}: {failures:?}");
+        daemon.leaves_nothing_but(&before);
+    }
+}
+
+/// A container that was told to run may have ended since.
+async fn ended_since(cri: &Cri, id: &str) -> bool {
+    tokio::time::timeout(BOUND, cri.exited(id, BOUND)).await.is_ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_of_the_node_pods_are_not_ready_and_images_stay() {
+    for emptied in [false, true] {
+        let (mut daemon, cri) = start().await;
+        let before = daemon.footprint();
+        let mut config = daemon.pod("boot");
+        let options = config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut();
+        options.unwrap().network = NamespaceMode::Pod.into();
+        let pod = cri.run_pod(&config).await.unwrap();
+        let running = cri.run(&pod, &container_of(&config, "running", &["sleep", "100000"]), &config).await.unwrap();
+        let exited = cri.run(&pod, &container_of(&config, "exited", &["sh", "-c", "exit 6"]), &config).await.unwrap();
+        cri.exited(&exited, BOUND).await;
+        let created = cri.create(&pod, &container_of(&config, "created", &["true"]), &config).await.unwrap();
+        let pid = pid_of(&cri, &running).await;
+        daemon.kill();
+        if emptied {
+            // As the kernel would: processes first, then mounts, then the tmpfs.
+            for shim in daemon.shims() {
+                let containers = children(shim);
+                kill(shim);
+                containers.into_iter().for_each(kill);
+            }
+            wait_for("all processes are dead", BOUND, || command_line(pid).is_empty() && daemon.shims().is_empty());
+            unmount_below(&daemon.state());
+            std::fs::remove_dir_all(daemon.state()).unwrap();
+        } else {
+            std::fs::remove_file(daemon.state().join("up")).unwrap();
+        }
+        daemon.begin().await;
+        let cri = daemon.cri().await;
+        assert_eq!(pod_state(&cri, &pod).await, PodSandboxState::SandboxNotready);
+        for (id, code) in [(&running, 255), (&exited, 6), (&created, 255)] {
+            let status = cri.status(id).await.unwrap();
+            assert_eq!((status.state(), status.exit_code), (ContainerState::ContainerExited, code), "{status:?}");
+        }
+        wait_for("no process goes on", BOUND, || command_line(pid).is_empty() && daemon.shims().is_empty());
+        wait_for("its network is released", BOUND, || !longshore_tests::netns(&pod).exists());
+        let image = ImageSpec { image: IMAGE.into(), ..Default::default() };
+        let request = ImageStatusRequest { image: Some(image), verbose: false };
+        assert!(cri.images.clone().image_status(request).await.unwrap().into_inner().image.is_some());
+        // A kubelet makes the pod anew, beside the old one.
+        let mut next = config.clone();
+        next.metadata.as_mut().unwrap().attempt = 1;
+        let new = cri.run_pod(&next).await.unwrap();
+        cri.run(&new, &container_of(&next, "running", &["sleep", "100000"]), &next).await.unwrap();
+        for id in [&pod, &new] {
+            cri.stop_pod(id).await.unwrap();
+            cri.remove_pod(id).await.unwrap();
+        }
+        daemon.leaves_nothing_but(&before);
+    }
+}
+
+fn unmount_below(dir: &std::path::Path) {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mut all: Vec<&str> = table.lines().filter_map(|l| l.split(' ').nth(4)).collect();
+    all.retain(|m| std::path::Path::new(m).starts_with(dir));
+    for mount in all.into_iter().rev() {
+        rustix::mount::unmount(mount, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_daemon_leaves_containers_running_and_its_root_to_one_other() {
+    let (mut daemon, cri) = start().await;
+    let config = daemon.pod("stop");
+    let pod = cri.run_pod(&config).await.unwrap();
+    let id = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
+    let pid = pid_of(&cri, &id).await;
+
+    let second = daemon.serve().stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(!second.status.success() && said.contains("another longshore serves from"), "{said}");
+    assert_eq!(cri.status(&id).await.unwrap().state(), ContainerState::ContainerRunning, "the first goes on");
+
+    let begun = Instant::now();
+    let status = daemon.terminate();
+    assert!(status.success(), "{status}\n{}", daemon.log());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(!daemon.socket().exists(), "its socket goes with it");
+    assert_eq!(command_line(pid), "sleep 100000");
+    daemon.begin().await;
+    let cri = daemon.cri().await;
+    assert_eq!(pid_of(&cri, &id).await, pid);
+    assert_eq!(cri.exec(&id, &["echo", "on"], 10).await.unwrap().stdout, "on\n");
+}
