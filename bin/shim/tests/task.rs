@@ -270,7 +270,7 @@ async fn a_failed_create_leaves_nothing_and_names_the_cause() {
     let e = shim.create(&b, Io::default()).await.unwrap_err();
     assert!(e.to_string().contains("/bin/nope") && e.to_string().contains(&b.id), "{e}");
     assert_eq!(code(&shim.state(&b).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
-    let bad = Io { stdout: "binary:///bin/logger", ..Io::default() };
+    let bad = Io { stdout: "npipe:///bin/logger", ..Io::default() };
     assert_eq!(code(&shim.create(&b, bad).await.unwrap_err()), ttrpc::Code::UNIMPLEMENTED);
     b.configure(&Shape { args: sh("exit 2"), ..Shape::default() });
     shim.create(&b, Io::default()).await.unwrap();

@@ -12,7 +12,7 @@
 //! own. Unknown children are listed from `/proc/self/task/*/children`, because
 //! `waitid(P_ALL, WNOWAIT)` shows the same first zombie for ever.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 use sys::pidfd::{PidFd, Waited, peek_child, reap_child};
@@ -37,7 +37,9 @@ struct Inner {
 /// The decisions, without any IO.
 #[derive(Debug, Default)]
 struct Book {
-    known: HashSet<i32>,
+    /// How often each is held: a number may be reused while its first holder,
+    /// reaped long ago, is still remembered.
+    known: HashMap<i32, usize>,
     /// Unknown zombies with the time of first sight, in ticks.
     unknown: HashMap<i32, u64>,
     /// Runtime calls under way, by the tick of their beginning.
@@ -66,12 +68,26 @@ impl Book {
         zombies
             .iter()
             .copied()
-            .filter(|pid| !self.known.contains(pid))
+            .filter(|pid| !self.known.contains_key(pid))
             .filter(|pid| {
                 let seen = *self.unknown.entry(*pid).or_insert(now);
                 oldest_call.is_none_or(|begun| begun > seen)
             })
             .collect()
+    }
+
+    fn hold(&mut self, pid: i32) {
+        self.unknown.remove(&pid);
+        *self.known.entry(pid).or_default() += 1;
+    }
+
+    fn let_go(&mut self, pid: i32) {
+        if let Some(n) = self.known.get_mut(&pid) {
+            *n -= 1;
+            if *n == 0 {
+                self.known.remove(&pid);
+            }
+        }
     }
 }
 
@@ -99,10 +115,15 @@ impl Children {
     pub fn adopt(&self, pid: i32) -> Result<Child> {
         let pidfd = PidFd::open(pid).context(|| format!("open process {pid}"))?;
         let fd = watch(pidfd).context(|| format!("watch process {pid}"))?;
-        let mut book = self.book();
-        book.unknown.remove(&pid);
-        book.known.insert(pid);
+        self.book().hold(pid);
         Ok(Child { fd, pid, children: self.clone() })
+    }
+
+    /// Makes a child known that another waits for, by a pidfd of its own. Has to
+    /// be called before anything is awaited after its birth.
+    pub fn claim(&self, pid: i32) -> Claim {
+        self.book().hold(pid);
+        Claim { pid, children: self.clone() }
     }
 
     /// Reaps what nobody knows and nobody will; returns how many.
@@ -112,7 +133,7 @@ impl Children {
     pub fn sweep(&self) -> Result<usize> {
         let mut zombies = Vec::new();
         for pid in list_children()? {
-            if self.book().known.contains(&pid) {
+            if self.book().known.contains_key(&pid) {
                 continue;
             }
             if matches!(peek_child(pid), Ok(Waited::Ended(_))) {
@@ -188,6 +209,21 @@ impl Drop for Call {
     }
 }
 
+/// A process that another waits for. Dropped before it was reaped, it becomes
+/// the sweeper's.
+#[derive(Debug)]
+pub struct Claim {
+    pid: i32,
+    children: Children,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.children.book().let_go(self.pid);
+        self.children.inner.look_again.notify_one();
+    }
+}
+
 /// How and when a child has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Status {
@@ -249,7 +285,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        self.children.book().known.remove(&self.pid);
+        self.children.book().let_go(self.pid);
         if matches!(self.fd.get_ref().peek(), Ok(Waited::Ended(_))) {
             self.children.inner.look_again.notify_one();
         }
@@ -271,6 +307,17 @@ mod tests {
         assert_eq!(b.reapable(&[10]), [10], "the younger one can't");
         b.calls.remove(&young);
         assert_eq!(b.reapable(&[11]), [11]);
+    }
+
+    #[test]
+    fn a_number_is_known_until_its_last_holder_lets_go() {
+        let mut b = Book::default();
+        b.hold(10);
+        b.hold(10);
+        b.let_go(10);
+        assert!(b.reapable(&[10]).is_empty(), "the second process of that number is still waited for");
+        b.let_go(10);
+        assert_eq!(b.reapable(&[10]), [10]);
     }
 
     #[test]
@@ -303,8 +350,7 @@ mod tests {
                     }
                     _ => if !open.is_empty() {
                         let (tick, pid) = open.remove(0);
-                        b.unknown.remove(&pid);
-                        b.known.insert(pid);
+                        b.hold(pid);
                         b.calls.remove(&tick);
                     }
                 }

@@ -13,7 +13,7 @@ mod command;
 mod detect;
 mod message;
 
-pub use children::{Call, Child, Children, Status};
+pub use children::{Call, Child, Children, Claim, Status};
 pub use command::{Command, Config};
 pub use detect::{Found, detect, find_binary};
 

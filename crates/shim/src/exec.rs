@@ -202,15 +202,15 @@ impl Job {
     async fn launch(&self, document: &Path) -> Result<(Child, Io)> {
         let _turn = self.shared.turn().await?;
         write_new(document, &self.new.spec)?;
-        let (writer, sockets) = (&self.shared.writer, &self.shared.settings.sockets);
-        let mut prepared = streams::prepare(&self.new.wanted, self.habits, writer, sockets).await?;
+        let place = self.shared.place(&self.new.id);
+        let mut prepared = streams::prepare(&self.new.wanted, self.habits, &place).await?;
         let launch = Launch {
             stdio: std::mem::take(&mut prepared.stdio),
             console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
             pid_file: self.bundle.join(format!("exec-{}.pid", self.new.id)),
         };
         let child = self.runtime.exec(&self.container, document, launch).await?;
-        match prepared.attach(writer).await {
+        match prepared.attach(place.writer).await {
             Ok(io) => Ok((child, io)),
             Err(e) => {
                 let _ = child.signal(types::Signal::KILL);

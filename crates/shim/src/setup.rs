@@ -179,7 +179,7 @@ async fn launch(
     wanted: &Wanted,
     habits: Habits,
 ) -> Result<(Child, Io)> {
-    let mut prepared = streams::prepare(wanted, habits, &shared.writer, &shared.settings.sockets).await?;
+    let mut prepared = streams::prepare(wanted, habits, &shared.place(id)).await?;
     let launch = Launch {
         stdio: std::mem::take(&mut prepared.stdio),
         console_socket: prepared.console.as_ref().map(|c| c.path.clone()),

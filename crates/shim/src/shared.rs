@@ -2,7 +2,7 @@
 
 use crate::container::{Handle, Msg};
 use crate::events::Publisher;
-use crate::streams::SharedWriter;
+use crate::streams::{Place, SharedWriter};
 use oci::Children;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -57,6 +57,17 @@ impl Shared {
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Handle>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the streams of the process `id` are made.
+    pub fn place<'a>(&'a self, id: &'a str) -> Place<'a> {
+        Place {
+            id,
+            namespace: &self.settings.namespace,
+            children: &self.children,
+            writer: &self.writer,
+            sockets: &self.settings.sockets,
+        }
     }
 
     /// Waits for a turn to call the runtime.

@@ -4,18 +4,21 @@
 //! FIFO            the process gets the FIFO itself; no byte passes through us
 //! FIFO, labelled  process -> pipe -> splice -> FIFO
 //! cri://, file:// process -> pipe -> writer thread -> file
-//! terminal        master <-> FIFO or writer thread
+//! binary://       process -> pipe -> logging binary
+//! terminal        master <-> FIFO, writer thread or logging binary
 //! ```
 //!
 //! A named FIFO is a file with a path and a label, an anonymous pipe is not: a
 //! process under an AppArmor profile or SELinux label might be denied the one
 //! where it never was the other, so there bytes take the second way.
 
-use oci::Stdio;
+use crate::log;
+use oci::{Children, Stdio};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
+use stdio::logger::{Binary, Bounds, Host, Logger};
 use stdio::pump::Pump;
 use stdio::{Format, Log, Stream, Uri, Writer, fifo};
 use tokio::io::Interest;
@@ -26,11 +29,12 @@ use types::{Error, Result, ResultExt};
 /// The URIs of a process's streams, as the request has them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// Empty, or a FIFO.
+    /// Empty, or a FIFO. Unused where the output goes to `file://` or
+    /// `binary://` without a terminal: those have no input.
     pub stdin: String,
-    /// Anything that [`Uri`] knows.
+    /// Anything that [`Uri`] knows; `file://` and `binary://` decide for both.
     pub stdout: String,
-    /// Anything that [`Uri`] knows; unused with a terminal.
+    /// Anything that [`Uri`] knows but `binary://`; unused with a terminal.
     pub stderr: String,
     /// The process has a terminal.
     pub terminal: bool,
@@ -43,6 +47,35 @@ pub struct Habits {
     pub labelled: bool,
     /// Who is to own pipes and FIFOs (IoUid, IoGid); 0 leaves them ours.
     pub owner: (u32, u32),
+}
+
+/// Whose streams they are, and what serves them.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    /// What a logging binary is told as CONTAINER_ID: the container's id, for an
+    /// exec the exec's, as containerd's shim does it.
+    pub id: &'a str,
+    /// CONTAINER_NAMESPACE.
+    pub namespace: &'a str,
+    /// The book in which logging binaries are entered.
+    pub children: &'a Children,
+    /// The file-writing thread.
+    pub writer: &'a SharedWriter,
+    /// A short directory closed to others.
+    pub sockets: &'a Path,
+}
+
+impl Place<'_> {
+    async fn start(&self, binary: &Binary) -> Result<(Logger, OwnedFd, OwnedFd)> {
+        let host = Host {
+            id: self.id,
+            namespace: self.namespace,
+            claim: &|pid| Ok(Box::new(self.children.claim(pid))),
+            report: Arc::new(log::warn),
+            bounds: Bounds::default(),
+        };
+        Logger::start(binary, &host).await
+    }
 }
 
 /// The one file-writing thread, started by the first stream that needs it and
@@ -77,6 +110,7 @@ pub struct Io {
     holds: Vec<OwnedFd>,
     pumps: JoinSet<u64>,
     logs: Vec<OpenLog>,
+    logger: Option<Logger>,
     master: Option<OwnedFd>,
 }
 
@@ -119,9 +153,12 @@ impl Io {
         }
     }
 
-    /// Waits at most for `bound` until every copy has ended, then closes all.
+    /// Waits at most for `bound` until every copy has ended, then closes all and
+    /// sees a logging binary off, which may take its own time (behaviours.md
+    /// section 4).
     pub async fn drain(mut self, bound: Duration) {
         self.stdin = None;
+        let bound = if self.logger.is_some() { bound.max(Bounds::default().end) } else { bound };
         let logged = self.logged();
         let pumps = &mut self.pumps;
         let all = async {
@@ -129,6 +166,12 @@ impl Io {
             while pumps.join_next().await.is_some() {}
         };
         let _ = tokio::time::timeout(bound, all).await;
+        if let Some(logger) = self.logger.take() {
+            // It sees no end of its input while a pump holds the other end.
+            self.pumps.shutdown().await;
+            drop(self);
+            logger.close().await;
+        }
     }
 }
 
@@ -146,7 +189,8 @@ pub struct Prepared {
 /// Where output goes.
 enum Target {
     Null,
-    Fifo(OwnedFd),
+    /// A FIFO, or the pipe of a logging binary.
+    Pipe(OwnedFd),
     File(PathBuf, Format),
 }
 
@@ -205,27 +249,34 @@ fn own(fd: impl AsFd, habits: Habits) -> Result<()> {
 
 /// Opens everything that a process's streams need.
 ///
-/// `sockets` is a short directory closed to others.
-///
 /// # Errors
-/// Naming the stream that can't be had.
-pub async fn prepare(wanted: &Wanted, habits: Habits, writer: &SharedWriter, sockets: &Path) -> Result<Prepared> {
+/// Naming the stream that can't be had. What was opened is closed then.
+pub async fn prepare(wanted: &Wanted, habits: Habits, place: &Place<'_>) -> Result<Prepared> {
     let mut p = Prepared { stdio: Stdio::default(), console: None, io: Io::default(), ends: None };
+    let out = Uri::parse(&wanted.stdout)?;
     let stdin = match Uri::parse(&wanted.stdin)? {
+        _ if !wanted.terminal && matches!(out, Uri::File(_) | Uri::Binary(_)) => None,
         Uri::Null => None,
         Uri::Fifo(path) => Some(fifo::open_in(&path)?),
-        Uri::Cri { .. } | Uri::File(_) => {
+        Uri::Cri { .. } | Uri::File(_) | Uri::Binary(_) => {
             return Err(Error::invalid(format!("{:?} can't be a process's input: use a FIFO", wanted.stdin)));
         }
     };
     if wanted.terminal {
-        let out = target(&wanted.stdout, habits, &mut p.io)?;
+        let out = match &out {
+            Uri::Binary(binary) => {
+                let (logger, stdout, _) = place.start(binary).await?;
+                p.io.logger = Some(logger);
+                Target::Pipe(stdout)
+            }
+            _ => target(out, habits, &mut p.io)?,
+        };
         let input = stdin.map(|s| {
             p.io.stdin = Some(s.hold);
             s.read
         });
         p.ends = Some((input, out));
-        p.console = Some(Console::listen(sockets)?);
+        p.console = Some(Console::listen(place.sockets)?);
         return Ok(p);
     }
     if let Some(s) = stdin {
@@ -240,28 +291,42 @@ pub async fn prepare(wanted: &Wanted, habits: Habits, writer: &SharedWriter, soc
             s.read
         });
     }
-    outputs(wanted, habits, writer, &mut p).await?;
+    if let Uri::Binary(binary) = &out {
+        let (logger, stdout, stderr) = place.start(binary).await?;
+        p.io.logger = Some(logger);
+        own(&stdout, habits)?;
+        own(&stderr, habits)?;
+        p.stdio.stdout = Some(stdout);
+        p.stdio.stderr = Some(stderr);
+        return Ok(p);
+    }
+    let err = if matches!(out, Uri::File(_)) { out.clone() } else { Uri::parse(&wanted.stderr)? };
+    if matches!(err, Uri::Binary(_)) {
+        let text = format!("{:?} can't take standard error alone: one binary takes both streams", wanted.stderr);
+        return Err(Error::invalid(text).hint("give it as standard output"));
+    }
+    outputs(out, err, habits, place.writer, &mut p).await?;
     Ok(p)
 }
 
 /// Standard output and error of a process without a terminal.
-async fn outputs(wanted: &Wanted, habits: Habits, writer: &SharedWriter, p: &mut Prepared) -> Result<()> {
+async fn outputs(out: Uri, err: Uri, habits: Habits, writer: &SharedWriter, p: &mut Prepared) -> Result<()> {
     struct ToFile {
         path: PathBuf,
         format: Format,
         sources: Vec<(Stream, OwnedFd)>,
     }
     let mut files: Vec<ToFile> = Vec::new();
-    for (uri, stream) in [(&wanted.stdout, Stream::Stdout), (&wanted.stderr, Stream::Stderr)] {
+    for (uri, stream) in [(out, Stream::Stdout), (err, Stream::Stderr)] {
         let end = match target(uri, habits, &mut p.io)? {
             Target::Null => None,
-            Target::Fifo(write) if habits.labelled => {
+            Target::Pipe(write) if habits.labelled => {
                 let (read, ours) = fifo::pipe()?;
                 own(&ours, habits)?;
                 p.io.pumps.spawn(Pump::new(read, write)?.run());
                 Some(ours)
             }
-            Target::Fifo(write) => Some(write),
+            Target::Pipe(write) => Some(write),
             Target::File(path, format) => {
                 let (read, write) = fifo::pipe()?;
                 own(&write, habits)?;
@@ -285,17 +350,18 @@ async fn outputs(wanted: &Wanted, habits: Habits, writer: &SharedWriter, p: &mut
     Ok(())
 }
 
-fn target(uri: &str, habits: Habits, io: &mut Io) -> Result<Target> {
-    Ok(match Uri::parse(uri)? {
+fn target(uri: Uri, habits: Habits, io: &mut Io) -> Result<Target> {
+    Ok(match uri {
         Uri::Null => Target::Null,
         Uri::Fifo(path) => {
             let out = fifo::open_out(&path)?;
             own(&out.write, habits)?;
             io.holds.push(out.hold);
-            Target::Fifo(out.write)
+            Target::Pipe(out.write)
         }
         Uri::Cri { path, limit } => Target::File(path, Format::Cri(limit)),
         Uri::File(path) => Target::File(path, Format::Raw),
+        Uri::Binary(b) => return Err(Error::internal(format!("{} was not started", b.path.display()))),
     })
 }
 
@@ -315,7 +381,7 @@ impl Prepared {
             self.io.pumps.spawn(Pump::new(input, share()?)?.run());
         }
         match output {
-            Target::Fifo(write) => {
+            Target::Pipe(write) => {
                 self.io.pumps.spawn(Pump::new(share()?, write)?.run());
             }
             Target::File(path, format) => self.log_terminal(writer, path, format, share()?).await?,
@@ -340,6 +406,10 @@ mod tests {
     use std::fs::File;
     use std::io::Write;
 
+    fn place<'a>(children: &'a Children, writer: &'a SharedWriter, sockets: &'a Path) -> Place<'a> {
+        Place { id: "box", namespace: "space", children, writer, sockets }
+    }
+
     async fn text(path: &Path) -> Vec<u8> {
         let mut sink = stdio::Capped::new(1 << 20);
         stdio::collect(fifo::open_reader(path).unwrap(), &mut sink).await.unwrap();
@@ -355,7 +425,8 @@ mod tests {
         let wanted =
             Wanted { stdin: input.display().to_string(), stdout: out.display().to_string(), ..Wanted::default() };
         let habits = Habits { labelled: true, ..Habits::default() };
-        let mut p = prepare(&wanted, habits, &SharedWriter::default(), dir.path()).await.unwrap();
+        let (children, writer) = (Children::new(), SharedWriter::default());
+        let mut p = prepare(&wanted, habits, &place(&children, &writer, dir.path())).await.unwrap();
         let process = std::mem::take(&mut p.stdio);
         let mut io = p.attach(&SharedWriter::default()).await.unwrap();
         let mut stdout = File::from(process.stdout.unwrap());
@@ -379,7 +450,50 @@ mod tests {
     #[tokio::test]
     async fn only_a_fifo_can_be_input() {
         let wanted = Wanted { stdin: "file:///x".into(), ..Wanted::default() };
-        let e = prepare(&wanted, Habits::default(), &SharedWriter::default(), Path::new("/tmp")).await.err().unwrap();
+        let (children, writer) = (Children::new(), SharedWriter::default());
+        let place = place(&children, &writer, Path::new("/tmp"));
+        let e = prepare(&wanted, Habits::default(), &place).await.err().unwrap();
         assert!(e.to_string().contains("file:///x"), "{e}");
+        let wanted = Wanted { stderr: "binary:///bin/true".into(), ..Wanted::default() };
+        let e = prepare(&wanted, Habits::default(), &place).await.err().unwrap();
+        assert!(e.to_string().contains("takes both streams"), "{e}");
+    }
+
+    #[tokio::test]
+    async fn a_file_takes_both_streams_and_no_input() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/log");
+        // No FIFO of that name: the input is not opened.
+        let wanted =
+            Wanted { stdin: "/none".into(), stdout: format!("file://{}", path.display()), ..Wanted::default() };
+        let (children, writer) = (Children::new(), SharedWriter::default());
+        let mut p = prepare(&wanted, Habits::default(), &place(&children, &writer, dir.path())).await.unwrap();
+        let process = std::mem::take(&mut p.stdio);
+        let io = p.attach(&writer).await.unwrap();
+        assert!(process.stdin.is_none());
+        File::from(process.stdout.unwrap()).write_all(b"out").unwrap();
+        File::from(process.stderr.unwrap()).write_all(b"err").unwrap();
+        io.drain(Duration::from_secs(5)).await;
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains("out") && text.contains("err"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_logging_binary_takes_both_streams_and_no_sweeper_takes_its_exit() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = format!("cat <&3 >{0}/o; cat <&4 >{0}/e", dir.path().display()).replace('&', "%26");
+        let stdout = format!("binary:///bin/sh?-c=exec 5>%26-; {script}");
+        let wanted = Wanted { stdin: "/none".into(), stdout, ..Wanted::default() };
+        let (children, writer) = (Children::new(), SharedWriter::default());
+        let sweeper = children.clone();
+        tokio::spawn(async move { sweeper.run().await });
+        let mut p = prepare(&wanted, Habits::default(), &place(&children, &writer, dir.path())).await.unwrap();
+        let process = std::mem::take(&mut p.stdio);
+        let io = p.attach(&writer).await.unwrap();
+        File::from(process.stdout.unwrap()).write_all(b"out").unwrap();
+        File::from(process.stderr.unwrap()).write_all(b"err").unwrap();
+        io.drain(Duration::from_millis(10)).await;
+        let read = |name| std::fs::read_to_string(dir.path().join(name)).unwrap();
+        assert_eq!((read("o").as_str(), read("e").as_str()), ("out", "err"));
     }
 }

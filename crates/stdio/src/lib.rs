@@ -2,7 +2,7 @@
 //! and drains.
 //!
 //! ```text
-//! uri.rs     where a stream goes: "", fifo, cri://, file://
+//! uri.rs     where a stream goes: "", fifo, file://, binary://, cri://
 //! fifo.rs    named pipes held at both ends; anonymous pipes
 //! pump.rs    bytes from one descriptor to another, asynchronously, by splice
 //! cri_log.rs the CRI log's lines (pure)

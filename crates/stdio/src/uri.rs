@@ -1,6 +1,9 @@
 //! Where a task's stream goes (behaviours.md section 4).
 
 use crate::cri_log::DEFAULT_LIMIT;
+use crate::logger::{Binary, Handshake};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use types::{Error, Result};
 
@@ -21,6 +24,9 @@ pub enum Uri {
     },
     /// A file to which the bytes are appended as they are: `file:///path`.
     File(PathBuf),
+    /// A logging binary, which takes both streams: `binary:///path?key=value…`
+    /// or `binary-v2:///…`.
+    Binary(Binary),
 }
 
 impl Uri {
@@ -42,8 +48,10 @@ impl Uri {
             "fifo" => Ok(Self::Fifo(path)),
             "file" => Ok(Self::File(path)),
             "cri" => Ok(Self::Cri { path, limit: limit(text, query)? }),
+            "binary" => Ok(Self::Binary(Binary { path, args: arguments(query), handshake: Handshake::ByteOrEnd })),
+            "binary-v2" => Ok(Self::Binary(Binary { path, args: arguments(query), handshake: Handshake::Byte })),
             _ => Err(Error::unimplemented(format!("streams of scheme {scheme:?} are not served (in {text:?})"))
-                .hint("use a FIFO's path, fifo://, file:// or cri://")),
+                .hint("use a FIFO's path, fifo://, file://, binary://, binary-v2:// or cri://")),
         }
     }
 }
@@ -56,9 +64,23 @@ fn limit(text: &str, query: &str) -> Result<usize> {
     }
 }
 
+/// Each key and its first value, in the URI's order; a key without a value has
+/// an empty one. As in every query, `+` is a blank.
+fn arguments(query: &str) -> Vec<OsString> {
+    let decode = |t: &str| OsString::from_vec(percent_decode(&t.replace('+', " ")));
+    let mut all: Vec<OsString> = Vec::new();
+    for pair in query.split('&').filter(|p| !p.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let key = decode(key);
+        if !all.chunks(2).any(|known| known[0] == key) {
+            all.extend([key, decode(value)]);
+        }
+    }
+    all
+}
+
 fn absolute(text: &str, path: Vec<u8>) -> Result<PathBuf> {
-    use std::os::unix::ffi::OsStringExt;
-    let path = PathBuf::from(std::ffi::OsString::from_vec(path));
+    let path = PathBuf::from(OsString::from_vec(path));
     if path.is_absolute() {
         Ok(path)
     } else {
@@ -105,11 +127,23 @@ mod tests {
     }
 
     #[test]
+    fn arguments_keep_their_order_and_are_decoded() {
+        let Uri::Binary(b) = Uri::parse("binary:///opt/a%20b?z=1&a=%2Fx%26y&flag&e=&z=2&--w+x=c+d").unwrap() else {
+            panic!("a binary");
+        };
+        assert_eq!(b.path, PathBuf::from("/opt/a b"));
+        assert_eq!(b.args, ["z", "1", "a", "/x&y", "flag", "", "e", "", "--w x", "c d"]);
+        assert_eq!(b.handshake, Handshake::ByteOrEnd);
+        let Uri::Binary(b) = Uri::parse("binary-v2:///l").unwrap() else { panic!("a binary") };
+        assert_eq!((b.args.len(), b.handshake), (0, Handshake::Byte));
+    }
+
+    #[test]
     fn what_is_not_served_is_named() {
-        let e = Uri::parse("binary:///bin/logger?a=b").unwrap_err();
+        let e = Uri::parse("npipe:///x").unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Unimplemented);
-        assert!(e.to_string().contains("binary"), "{e}");
-        for bad in ["relative", "file://relative", "cri:///x?limit=0", "cri:///x?limit=y"] {
+        assert!(e.to_string().contains("npipe"), "{e}");
+        for bad in ["relative", "file://relative", "binary://logger", "cri:///x?limit=0", "cri:///x?limit=y"] {
             assert_eq!(Uri::parse(bad).unwrap_err().kind(), ErrorKind::InvalidArgument, "{bad}");
         }
     }

@@ -110,8 +110,8 @@ impl Writer {
         Ok(Self { mail, next: std::sync::atomic::AtomicU64::new(1), thread: Some(thread) })
     }
 
-    /// Opens the file (append, created 0640, missing directories are made) and
-    /// copies the sources into it until each has ended.
+    /// Opens the file (append, missing directories are made; created 0640 for
+    /// the CRI's format, 0644 for raw bytes) and copies the sources into it until each has ended.
     ///
     /// # Errors
     /// Where the file can't be opened; the sources are closed then.
@@ -187,8 +187,13 @@ struct Worker {
     next: u64,
 }
 
-fn open_file(path: &std::path::Path) -> Result<File> {
-    let attempt = || OpenOptions::new().append(true).create(true).mode(0o640).open(path);
+fn open_file(path: &std::path::Path, format: Format) -> Result<File> {
+    // The kubelet's readers are root's; who asks for a file wants to read it.
+    let mode = match format {
+        Format::Cri(_) => 0o640,
+        Format::Raw => 0o644,
+    };
+    let attempt = || OpenOptions::new().append(true).create(true).mode(mode).open(path);
     attempt()
         .or_else(|e| match (e.kind(), path.parent()) {
             (std::io::ErrorKind::NotFound, Some(dir)) => std::fs::create_dir_all(dir).and_then(|()| attempt()),
@@ -252,7 +257,7 @@ impl Worker {
         sources: Vec<(Stream, OwnedFd)>,
         ended: watch::Sender<bool>,
     ) -> Result<()> {
-        let file = open_file(&path)?;
+        let file = open_file(&path, format)?;
         let count = sources.len();
         for (stream, fd) in sources {
             let token = self.next;
@@ -273,7 +278,7 @@ impl Worker {
     fn reopen(&mut self, log: u64) -> Result<()> {
         // A log whose streams have ended is closed, but its file may be rotated.
         let Some(l) = self.logs.get_mut(&log) else { return Ok(()) };
-        l.file = open_file(&l.path)?;
+        l.file = open_file(&l.path, l.format)?;
         l.torn = false;
         Ok(())
     }
@@ -441,7 +446,9 @@ mod tests {
         w.write_all(b"raw bytes").unwrap();
         drop(log);
         drop(writer);
-        assert_eq!(std::fs::read_to_string(path).unwrap(), "raw bytes");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "raw bytes");
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o644);
         assert!(w.write_all(b"x").is_err(), "the reading end is closed");
     }
 

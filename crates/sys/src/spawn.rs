@@ -36,7 +36,7 @@ pub fn spawn(program: &Path, args: &[OsString], env: &[(&str, &str)], fds: &[Bor
     let count = c_int::try_from(fds.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let sources =
         fds.iter().map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, FIRST + count)).collect::<Result<Vec<_>, _>>()?;
-    mark_all_close_on_exec();
+    crate::process::inherit_nothing();
     let mut space = MaybeUninit::uninit();
     let actions = Actions::new(&mut space)?;
     actions.null_streams()?;
@@ -53,14 +53,6 @@ pub fn spawn(program: &Path, args: &[OsString], env: &[(&str, &str)], fds: &[Bor
         libc::posix_spawn(&raw mut pid, path.as_ptr(), actions.0, attributes.0, argv.as_ptr(), envp.as_ptr())
     })?;
     Ok(pid)
-}
-
-fn mark_all_close_on_exec() {
-    // SAFETY: a flag of our own descriptors is set; no pointer is passed. A
-    // failure leaves them as they were.
-    unsafe {
-        libc::syscall(libc::SYS_close_range, libc::c_uint::from(3u8), libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
-    }
 }
 
 fn pointers(texts: &[CString]) -> Vec<*mut c_char> {

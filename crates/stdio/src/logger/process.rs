@@ -9,8 +9,8 @@ use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
 /// A child that is ours to reap.
 pub(super) struct Process {
     fd: AsyncFd<PidFd>,
-    /// A binary that never became ready is killed with this value.
-    kill: bool,
+    /// What it gets if it is dropped unreaped.
+    last: Signal,
     _claim: Claim,
 }
 
@@ -19,7 +19,7 @@ impl Process {
     /// child is killed.
     pub(super) fn claim(pid: i32, claim: &dyn Fn(i32) -> Result<Claim>) -> Result<Self> {
         let taken = claim(pid).and_then(|c| Ok((c, watch(pid)?)));
-        taken.map(|(claim, fd)| Self { fd, kill: true, _claim: claim }).inspect_err(|_| {
+        taken.map(|(claim, fd)| Self { fd, last: Signal::KILL, _claim: claim }).inspect_err(|_| {
             // Unreaped, so the number is its own; it is gone in a moment.
             if let Some(number) = rustix::process::Pid::from_raw(pid) {
                 let _ = rustix::process::kill_process(number, rustix::process::Signal::KILL);
@@ -28,9 +28,9 @@ impl Process {
         })
     }
 
-    /// It is ready: from now on it outlives us.
+    /// It is ready: from now on it has something to flush.
     pub(super) fn keep(&mut self) {
-        self.kill = false;
+        self.last = Signal::TERM;
     }
 
     pub(super) fn pid(&self) -> i32 {
@@ -69,10 +69,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if self.kill {
-            // It may have been reaped before; then this reaches nobody.
-            let _ = self.fd.get_ref().signal(Signal::KILL);
-        }
+        // Where it has been reaped this reaches nobody.
+        let _ = self.fd.get_ref().signal(self.last);
     }
 }
 
