@@ -232,8 +232,34 @@ fn shim_config(config: &Config, shim: &Path, runtime_binary: &Path) -> ShimConfi
         namespace: NAMESPACE.to_string(),
         // The seam's own bound passes first, so that its error is the one that is told.
         timeouts: Timeouts { create: Duration::from_secs(config.runtime.step_timeout - 2), ..Default::default() },
-        shim_cgroup: Some(config.runtime.shim_cgroup.clone()).filter(|c| !c.is_empty()),
+        shim_cgroup: shim_cgroup(&config.runtime.shim_cgroup),
     }
+}
+
+/// `auto` is the daemon's own unit's under systemd, so that stopping the unit finds
+/// its shims there and pods' figures stay the pods'; elsewhere a place of our own.
+fn shim_cgroup(configured: &str) -> Option<String> {
+    match configured {
+        "" => None,
+        "auto" => {
+            let unit = std::env::var_os("INVOCATION_ID").and_then(|_| {
+                let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+                own_unit(&own).map(str::to_string)
+            });
+            Some(unit.map_or_else(|| "/longshore/shims".to_string(), |unit| format!("{unit}/shims")))
+        }
+        other => Some(other.to_string()),
+    }
+}
+
+/// The service's cgroup in a /proc/self/cgroup: that of the unified hierarchy, or of
+/// systemd's own in the older layouts.
+fn own_unit(cgroup: &str) -> Option<&str> {
+    let path = |prefix: &str| cgroup.lines().find_map(|l| l.strip_prefix(prefix));
+    let found = path("0::").filter(|p| p.ends_with(".service"));
+    found
+        .or_else(|| cgroup.lines().find_map(|l| l.split_once(":name=systemd:").map(|(_, p)| p)))
+        .filter(|p| p.ends_with(".service"))
 }
 
 fn policy(config: &Config) -> spec::NodePolicy {
@@ -257,4 +283,24 @@ fn pods_config(config: &Config) -> Result<PodsConfig> {
         pod_init: find_binary(&config.runtime.pod_init, "longshore-pod-init")?,
         operation_timeout: Duration::from_secs(config.runtime.step_timeout),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shims_live_in_the_units_own_cgroup_under_systemd() {
+        let unit = "/system.slice/longshore.service";
+        for text in [
+            "0::/system.slice/longshore.service\n",
+            "9:name=systemd:/system.slice/longshore.service\n4:memory:/x\n0::/system.slice/longshore.service\n",
+            "1:name=systemd:/system.slice/longshore.service\n0::/\n",
+        ] {
+            assert_eq!(own_unit(text), Some(unit), "{text}");
+        }
+        assert_eq!(own_unit("9:name=systemd:/\n0::/\n"), None);
+        assert_eq!(shim_cgroup(""), None);
+        assert_eq!(shim_cgroup("/x/y"), Some("/x/y".into()));
+    }
 }
