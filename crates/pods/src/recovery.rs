@@ -46,6 +46,13 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
     if boot.rebooted {
         tracing::warn!("the node was restarted: all pods are NOTREADY, all containers have exited");
         for s in &mut stored {
+            // The sweep looks into the state directory, which may be empty now; pinned
+            // elsewhere, a network namespace outlives that where the kernel goes on.
+            if !s.pod.state.torn_down
+                && let Err(e) = shared.sandboxes.teardown(&s.pod.id).await
+            {
+                tracing::warn!("pod {} ({:.12}): {e}", s.pod.name(), s.pod.id);
+            }
             end_all(shared, s, "the node was restarted");
         }
         // The mark only after what follows from it: a daemon that dies in between
