@@ -49,7 +49,6 @@ pub fn run(args: ServeArgs) -> Result<()> {
         .enable_all()
         .max_blocking_threads(64)
         .thread_keep_alive(Duration::from_secs(2))
-        .thread_stack_size(512 << 10)
         .build()
         .context("start the async runtime")?;
     let served = tokio.block_on(serve(config));
