@@ -218,13 +218,13 @@ fn a_dead_shim_is_reported_and_cleaned_up() {
         return;
     }
     let c = Containerd::start();
-    let out = c.run(&["-d"], "d", "while :; do sleep 1; done");
+    let out = c.run(&["-d"], "dead", "while :; do sleep 1; done");
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let bundle = c.dir.path().join("state/io.containerd.runtime.v2.task/default/d");
+    let bundle = c.dir.path().join("state/io.containerd.runtime.v2.task/default/dead");
     let pid: i32 = std::fs::read_to_string(bundle.join("shim.pid")).unwrap().trim().parse().unwrap();
     sys::pidfd::PidFd::open(pid).unwrap().signal(types::Signal::KILL).unwrap();
     for _ in 0..200 {
-        if !c.ok(&["task", "ls"]).contains('d') || !bundle.exists() {
+        if !c.ok(&["task", "ls"]).contains("dead") || !bundle.exists() {
             break;
         }
         std::thread::sleep(Duration::from_millis(50));
@@ -232,5 +232,73 @@ fn a_dead_shim_is_reported_and_cleaned_up() {
     std::thread::sleep(Duration::from_millis(300));
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(bundle.to_str().unwrap()), "no mount is left");
-    c.ok(&["container", "rm", "d"]);
+    c.ok(&["container", "rm", "dead"]);
+}
+
+/// Where a test's logging binary leaves what it gets, and its URI.
+fn logger(dir: &Path, name: &str) -> (PathBuf, String) {
+    let script = dir.join("logger.sh");
+    let text = "echo $$ >$1/pid; echo $CONTAINER_NAMESPACE $CONTAINER_ID >$1/who
+        cat <&3 >>$1/out & cat <&4 >>$1/err & printf x >&5; exec 3<&- 4<&- 5>&-; wait";
+    std::fs::write(&script, text.replace("$1", "\"$1\"")).unwrap();
+    let into = dir.join(format!("into {name}"));
+    std::fs::create_dir(&into).unwrap();
+    let uri = format!("binary:///bin/sh?{}={}", script.display(), into.display()).replace(' ', "+");
+    (into, uri)
+}
+
+#[test]
+fn ctr_s_log_uris_are_served() {
+    if !installed("containerd") || !installed("ctr") {
+        eprintln!("skipped: containerd is not installed");
+        return;
+    }
+    let c = Containerd::start();
+    let text = |dir: &Path, name: &str| std::fs::read_to_string(dir.join(name)).unwrap_or_default();
+    let there = |dir: &Path| Path::new("/proc").join(text(dir, "pid").trim()).exists();
+
+    let (into, uri) = logger(c.dir.path(), "run");
+    let out = c.run(&["--rm", "--log-uri", &uri], "lb", "echo out; echo err >&2; exit 7");
+    assert_eq!(out.status.code(), Some(7), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!((text(&into, "out").as_str(), text(&into, "err").as_str()), ("out\n", "err\n"));
+    assert_eq!(text(&into, "who"), "default lb\n");
+    assert!(!there(&into), "it is gone when ctr is");
+
+    let file = c.dir.path().join("made/log");
+    let uri = format!("file://{}", file.display());
+    let out = c.run(&["--rm", "--log-uri", &uri], "lf", "echo out; echo err >&2");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(std::fs::read_to_string(&file).unwrap().len(), "out\nerr\n".len());
+
+    // A running container outlives its logging binary, an exec has its own.
+    let (into, uri) = logger(c.dir.path(), "d");
+    let out = c.run(&["-d", "--log-uri", &uri], "ld", "trap 'exit 9' TERM; while :; do echo x; sleep 0.1; done");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let (exec, uri) = logger(c.dir.path(), "e");
+    let out = c.ctr(&["task", "exec", "--exec-id", "e", "--log-uri", &uri, "ld", "/bin/sh", "-c", "echo in; exit 5"]);
+    assert_eq!(out.status.code(), Some(5), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!((text(&exec, "out").as_str(), text(&exec, "who").as_str()), ("in\n", "default e\n"));
+    let pid = text(&into, "pid").trim().parse().unwrap();
+    sys::pidfd::PidFd::open(pid).unwrap().signal(types::Signal::KILL).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!there(&into) && text(&into, "out").starts_with("x\n"));
+    assert!(c.ok(&["task", "ls"]).contains("RUNNING"));
+    c.ok(&["task", "kill", "ld"]);
+    for _ in 0..100 {
+        if c.ok(&["task", "ls"]).contains("STOPPED") {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let out = c.ctr(&["task", "rm", "ld"]);
+    assert!(out.status.success() || out.status.code() == Some(9), "{out:?}");
+    c.ok(&["container", "rm", "ld"]);
+    assert_eq!(c.shims(), 0, "no bundle is left");
+
+    // One that never comes up fails the run and says why.
+    let out = c.run(&["--rm", "--log-uri", "binary-v2:///bin/true"], "ln", "exit 0");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("/bin/true") && said.contains("descriptor 5"), "{said}");
+    let _ = c.ctr(&["container", "rm", "ln"]);
+    assert_eq!(c.shims(), 0, "no bundle is left");
 }

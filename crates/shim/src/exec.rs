@@ -200,10 +200,11 @@ impl Job {
     }
 
     async fn launch(&self, document: &Path) -> Result<(Child, Io)> {
-        let _turn = self.shared.turn().await?;
         write_new(document, &self.new.spec)?;
         let place = self.shared.place(&self.new.id);
         let mut prepared = streams::prepare(&self.new.wanted, self.habits, &place).await?;
+        // Only now: a logging binary that is slow to come up must hold up no other.
+        let _turn = self.shared.turn().await?;
         let launch = Launch {
             stdio: std::mem::take(&mut prepared.stdio),
             console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
