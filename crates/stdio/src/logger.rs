@@ -17,7 +17,9 @@
 //! The process writes into the pipe itself: no byte passes through us. Because
 //! we hold the reading ends too, it gets no SIGPIPE when the binary dies; because
 //! they are then emptied, it isn't blocked either. A binary that lives but reads
-//! nothing holds up its writer, as a slow reader of a FIFO does.
+//! nothing holds up its writer, as a slow reader of a FIFO does. The process that
+//! was started is the binary: if it leaves its work to a child and ends, it has
+//! died.
 
 mod process;
 #[cfg(test)]
