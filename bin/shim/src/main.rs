@@ -38,7 +38,7 @@ fn run(flags: Flags) -> Result<()> {
             "containerd-shim-longshore-v2:\n  Version:  {}\n  Revision: \n  Go version: none (Rust)\n\n",
             env!("CARGO_PKG_VERSION")
         )),
-        Action::Info => print(start::info()),
+        Action::Info => print(start::info()?),
         Action::Start => start::start(&flags),
         Action::Delete => delete(&flags),
         Action::Serve => serve(flags),
@@ -83,10 +83,14 @@ fn serve(flags: Flags) -> Result<()> {
         namespace: flags.namespace,
         events: std::env::var("TTRPC_ADDRESS").unwrap_or_default(),
         sockets: socket.as_deref().and_then(|s| s.parent()).unwrap_or(&bundle).to_path_buf(),
+        socket: socket.clone(),
     };
     let result = runtime()?.block_on(shim::serve(listener, settings));
-    if let Some(socket) = socket {
-        start::remove_socket(&socket);
+    match (&result, socket) {
+        (Err(_), Some(socket)) => start::remove_socket(&socket),
+        // Shutdown has removed it; what is there now is our successor's.
+        (Ok(()), Some(socket)) => start::remove_directory_of(&socket),
+        (_, None) => {}
     }
     result
 }

@@ -7,15 +7,19 @@
 //! ```
 
 use crate::flags::Flags;
-use std::io::Write;
+use shim::bootstrap::{self, Bootstrap, Caller};
+use std::io::{IsTerminal, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use types::{Error, Result, ResultExt};
+use types::{Error, ErrorKind, Result, ResultExt};
 
 /// Socket addresses are short: 107 bytes.
 const DIRECTORY: &str = "/run/longshore/s";
+/// Set to 3 where the caller's JSON shall say version 3: for callers other than
+/// containerd 1.7, which refuses it.
+const VERSION: &str = "LONGSHORE_SHIM_VERSION";
 
 /// FNV-1a: a name, no secret; a clash would meet a socket that is in use and fail.
 fn hash(parts: &[&str]) -> u128 {
@@ -26,66 +30,123 @@ fn hash(parts: &[&str]) -> u128 {
         .fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |h, b| (h ^ u128::from(b)).wrapping_mul(PRIME))
 }
 
-fn socket_path(flags: &Flags, bundle: &Path) -> PathBuf {
+/// Where the shim of this container listens. Members of a group have one socket,
+/// whatever their bundles; others have one each.
+fn socket_path(flags: &Flags, bundle: &Path, group: Option<&str>, told: &Bootstrap) -> PathBuf {
     if let Some(path) = &flags.socket {
         return path.strip_prefix("unix://").map_or_else(|_| path.clone(), |p| Path::new("/").join(p));
     }
-    let name = hash(&[&flags.address, &flags.namespace, &flags.id, &bundle.to_string_lossy()]);
-    Path::new(DIRECTORY).join(format!("{name:032x}"))
+    let address = told.caller.as_deref().unwrap_or(&flags.address);
+    let directory = told.socket_dir.as_deref().unwrap_or(Path::new(DIRECTORY));
+    let own = bundle.to_string_lossy();
+    let name = match group {
+        Some(group) => hash(&[address, &flags.namespace, "group", group]),
+        None => hash(&[address, &flags.namespace, &flags.id, &own]),
+    };
+    directory.join(format!("{name:032x}"))
 }
 
 /// Listens on `path`; a socket that nobody serves any more is replaced.
 fn listen(path: &Path) -> Result<UnixListener> {
     let what = || format!("listen on {}", path.display());
-    let bind = || {
-        if let Some(dir) = path.parent() {
-            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let mut bound = bind(path);
+    for _ in 0..3 {
+        // The last shim to end takes the directory away, perhaps at this moment.
+        if !matches!(&bound, Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
+            break;
         }
-        UnixListener::bind(path)
-    };
-    // The last shim to end takes the directory away, perhaps at this moment.
-    let bound = match bind().or_else(|e| if e.kind() == std::io::ErrorKind::NotFound { bind() } else { Err(e) }) {
+        bound = bind(path);
+    }
+    match bound {
+        Ok(listener) => Ok(listener),
         Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).is_ok() {
-                return Err(Error::exists(format!("a shim serves {} already", path.display())));
-            }
-            let _ = std::fs::remove_file(path);
-            UnixListener::bind(path)
+            Err(Error::exists(format!("a shim serves {} already", path.display())))
         }
-        other => other,
+        Err(e) => Err(e).context(what),
+    }
+}
+
+fn bind(path: &Path) -> std::io::Result<UnixListener> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    // One at a time, or two that find the same dead socket would each remove it,
+    // the second one the first one's new socket.
+    let lock = std::fs::File::open(dir)?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
+    let listener = match UnixListener::bind(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
+            let _ = std::fs::remove_file(path);
+            UnixListener::bind(path)?
+        }
+        other => other?,
     };
-    let listener = bound.context(what)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).context(what)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
 }
 
-/// Starts a shim and prints where it listens.
+/// How often a group's socket is tried while its last shim is ending.
+const TRIES: u32 = 50;
+
+/// Starts a shim, or finds the one of the container's group, and prints where it
+/// listens.
 ///
 /// # Errors
 /// Naming what could not be made; nothing is left then.
 pub fn start(flags: &Flags) -> Result<()> {
     types::check_identifier("id", &flags.id)?;
     let bundle = flags.bundle()?;
-    let path = socket_path(flags, &bundle);
+    let told = Bootstrap::read(&input()?, &flags.id, &flags.namespace, caller())?;
+    let group = bootstrap::group(&bundle)?;
+    let path = socket_path(flags, &bundle, group.as_deref(), &told);
     let address = format!("unix://{}", path.display());
-    let listener = match listen(&path) {
-        Ok(l) => l,
+    let mut tries = 0;
+    loop {
+        let refused = match listen(&path) {
+            Ok(listener) => {
+                let started = spawn(flags, &told, &bundle, listener, &address);
+                if started.is_err() {
+                    remove_socket(&path);
+                    let _ = std::fs::remove_file(bundle.join("address"));
+                }
+                return started.and_then(|()| crate::print(told.answer(&address)));
+            }
+            Err(e) => e,
+        };
         // The same start a second time: its answer is the first one's.
-        Err(e) if e.kind() == types::ErrorKind::AlreadyExists && socket_of(&bundle).as_deref() == Some(&path) => {
-            return crate::print(answer(&address));
+        let again = socket_of(&bundle).as_deref() == Some(&path);
+        if refused.kind() != ErrorKind::AlreadyExists || !(again || group.is_some()) {
+            return Err(refused);
         }
-        Err(e) => return Err(e),
-    };
-    let started = spawn(flags, &bundle, listener, &address);
-    if started.is_err() {
-        remove_socket(&path);
-        let _ = std::fs::remove_file(bundle.join("address"));
+        match crate::runtime()?.block_on(bootstrap::pid_of(&path)) {
+            Ok(pid) => {
+                write(&bundle.join("address"), &address)?;
+                write(&bundle.join("shim.pid"), &pid.to_string())?;
+                return crate::print(told.answer(&address));
+            }
+            // It was about to end when we came: the next one is ours.
+            Err(e) if tries == TRIES || e.kind() != ErrorKind::Unavailable => return Err(e),
+            Err(_) => {
+                tries += 1;
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
     }
-    started?;
-    crate::print(answer(&address))
 }
 
-fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener, address: &str) -> Result<()> {
+/// What the caller says on standard input; a terminal says nothing.
+fn input() -> Result<Vec<u8>> {
+    let stdin = std::io::stdin();
+    if stdin.is_terminal() { Ok(Vec::new()) } else { bootstrap::read_input(stdin.lock()) }
+}
+
+fn caller() -> Caller {
+    Caller {
+        takes_json: std::env::var_os("GRPC_ADDRESS").is_some(),
+        wants_version_3: std::env::var_os(VERSION).is_some_and(|v| v == "3"),
+    }
+}
+
+fn spawn(flags: &Flags, told: &Bootstrap, bundle: &Path, listener: UnixListener, address: &str) -> Result<()> {
     write(&bundle.join("address"), address)?;
     let mut command = Command::new("/proc/self/exe");
     command
@@ -95,11 +156,18 @@ fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener, address: &str) ->
     if let Some(name) = std::env::args_os().next() {
         std::os::unix::process::CommandExt::arg0(&mut command, name);
     }
-    if flags.debug {
+    if flags.debug || told.debug {
         command.arg("-debug");
     }
+    if let Some(events) = &told.events {
+        command.env("TTRPC_ADDRESS", events);
+    }
     let mut child = sys::process::spawn_daemon(&mut command, &listener.into()).context(|| "start the shim".into())?;
-    if let Err(e) = write(&bundle.join("shim.pid"), &child.id().to_string()) {
+    let joined = match told.shim_cgroup.as_str() {
+        "" => Ok(()),
+        cgroup => shim::join_cgroup(cgroup, child.id()),
+    };
+    if let Err(e) = joined.and_then(|()| write(&bundle.join("shim.pid"), &child.id().to_string())) {
         let _ = child.kill();
         let _ = child.wait();
         return Err(e);
@@ -115,16 +183,6 @@ fn write(path: &Path, text: &str) -> Result<()> {
         .context(|| format!("write {}", path.display()))
 }
 
-/// containerd 1.6 sets no GRPC_ADDRESS and takes a bare address; later ones take
-/// JSON, and version 2 of it is understood by all of them.
-fn answer(address: &str) -> String {
-    if std::env::var_os("GRPC_ADDRESS").is_some() {
-        format!("{{\"version\":2,\"address\":\"{address}\",\"protocol\":\"ttrpc\"}}")
-    } else {
-        address.to_string()
-    }
-}
-
 /// The socket that a bundle's address names.
 pub fn socket_of(bundle: &Path) -> Option<PathBuf> {
     let text = std::fs::read_to_string(bundle.join("address")).ok()?;
@@ -134,6 +192,11 @@ pub fn socket_of(bundle: &Path) -> Option<PathBuf> {
 /// Removes a socket, and our own directory with the last one in it.
 pub fn remove_socket(path: &Path) {
     let _ = std::fs::remove_file(path);
+    remove_directory_of(path);
+}
+
+/// Removes our own directory, if this was the last socket in it.
+pub fn remove_directory_of(path: &Path) {
     if path.parent() == Some(Path::new(DIRECTORY)) {
         let _ = std::fs::remove_dir(DIRECTORY);
     }
@@ -149,9 +212,12 @@ pub fn forget_socket(bundle: &Path) {
     }
 }
 
-/// A RuntimeInfo: name and version.
-pub fn info() -> Vec<u8> {
-    shim::runtime_info("io.containerd.longshore.v2")
+/// What `-info` prints, for the options on standard input.
+///
+/// # Errors
+/// Where the options can't be read or the runtime that they name is not there.
+pub fn info() -> Result<Vec<u8>> {
+    crate::runtime()?.block_on(shim::runtime_info("io.containerd.longshore.v2", &input()?))
 }
 
 #[cfg(test)]
@@ -161,10 +227,18 @@ mod tests {
     #[test]
     fn socket_names_are_short_and_differ() {
         let flags = |id: &str| Flags { id: id.into(), namespace: "k8s.io".into(), ..Flags::default() };
-        let a = socket_path(&flags("a"), Path::new("/b"));
+        let told = Bootstrap::read(&[], "", "", Caller::default()).unwrap();
+        let path = |id: &str, bundle: &str, group| socket_path(&flags(id), Path::new(bundle), group, &told);
+        let a = path("a", "/b", None);
         assert!(a.as_os_str().len() < 100);
-        assert_ne!(a, socket_path(&flags("b"), Path::new("/b")));
-        assert_eq!(a, socket_path(&flags("a"), Path::new("/b")));
+        assert_ne!(a, path("b", "/b", None));
+        assert_eq!(a, path("a", "/b", None));
+        let grouped = path("a", "/b", Some("g"));
+        assert_eq!(grouped, path("c", "/d", Some("g")));
+        assert!(grouped != path("a", "/b", Some("h")) && grouped != path("g", "/b", None));
+        let mut elsewhere = told.clone();
+        elsewhere.socket_dir = Some("/run/s".into());
+        assert!(socket_path(&flags("a"), Path::new("/b"), None, &elsewhere).starts_with("/run/s"));
     }
 
     #[test]
@@ -175,7 +249,7 @@ mod tests {
         let served = listen(&path).unwrap();
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(dir.path().join("d").metadata().unwrap().permissions().mode() & 0o777, 0o700);
-        assert_eq!(listen(&path).unwrap_err().kind(), types::ErrorKind::AlreadyExists);
+        assert_eq!(listen(&path).unwrap_err().kind(), ErrorKind::AlreadyExists);
         drop(served);
     }
 }

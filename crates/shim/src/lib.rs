@@ -10,31 +10,38 @@
 //! cgroup.rs oom.rs stats.rs  the container's cgroups
 //! events.rs                to the caller, in order
 //! persist.rs               what outlives the shim, in the bundle
+//! options.rs info.rs       the caller's options; what this runtime can
+//! bootstrap.rs             what `start` is told and answers; groups
 //! serve.rs, delete.rs      a shim's life; cleaning up after its death
 //! ```
 
+pub mod bootstrap;
 mod cgroup;
 mod container;
 mod control;
 mod delete;
 mod events;
 mod exec;
+mod info;
 pub mod log;
 mod mounts;
 mod oom;
+mod options;
 pub mod persist;
 mod private;
 mod serve;
 mod service;
 mod setup;
 mod shared;
+mod shim_cgroup;
 mod state;
 mod stats;
 mod streams;
 mod wire;
 
 pub use delete::delete;
+pub use info::runtime_info;
 pub use serve::serve;
 pub use service::decode_delete;
 pub use shared::Settings;
-pub use wire::runtime_info;
+pub use shim_cgroup::join as join_cgroup;

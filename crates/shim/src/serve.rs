@@ -50,8 +50,8 @@ pub async fn serve(listener: UnixListener, settings: Settings) -> Result<()> {
         }
     }
     shared.events.flush(Duration::from_secs(3)).await;
-    // The answer to Shutdown goes out before the connection does.
-    tokio::time::sleep(Duration::from_millis(10)).await;
+    // A connection's writer ends only once it has written what handlers have
+    // answered, Shutdown's own answer too; this waits for it.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())
 }

@@ -174,6 +174,9 @@ impl Task for Tasks {
     }
 
     async fn connect(&self, _: &TtrpcContext, req: task::ConnectRequest) -> ttrpc::Result<task::ConnectResponse> {
+        if self.shared.is_closed() {
+            return Err(wire::error(Error::unavailable("the shim is ending")));
+        }
         // A shim without this task answers too: its own pid is what is asked for.
         let task_pid = match self.shared.ask(&req.id, |r| Msg::State(None, r)).await {
             Ok(seen) => wire::pid(seen.pid),
@@ -183,9 +186,7 @@ impl Task for Tasks {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: task::ShutdownRequest) -> ttrpc::Result<()> {
-        if self.shared.is_empty() {
-            self.shared.stop.notify_one();
-        }
+        self.shared.close();
         Ok(())
     }
 }

@@ -6,9 +6,8 @@ use crate::events::Event;
 use crate::persist::{self, TaskRecord};
 use crate::shared::Shared;
 use crate::streams::{self, Habits, Io, Wanted};
-use crate::{log, mounts, wire};
+use crate::{log, mounts, options, wire};
 use oci::{Child, Command, Config, Launch, Runtime};
-use prost::Message;
 use proto::containerd::events::{TaskCreate, TaskIo};
 use proto::containerd::runc::v1::Options;
 use proto::containerd::task::v3::CreateTaskRequest;
@@ -72,24 +71,9 @@ impl ConfigPeek {
     }
 }
 
-fn options(req: &CreateTaskRequest) -> Result<Options> {
-    match &req.options {
-        Some(any) if any.type_url.ends_with("containerd.runc.v1.Options") => Options::decode(any.value.as_slice())
-            .map_err(|e| Error::invalid(format!("the options of container {} can't be read", req.id)).because(e)),
-        Some(any) if !any.type_url.is_empty() => {
-            log::warn(format_args!("options of type {} are not ours; defaults are used", any.type_url));
-            Ok(Options::default())
-        }
-        _ => Ok(Options::default()),
-    }
-}
-
 /// How the runtime is called for this container.
 fn runtime_config(shared: &Shared, o: &Options, bundle: &Path) -> Result<Config> {
-    let names: &[&str] = if o.binary_name.is_empty() { &["runc", "crun", "youki"] } else { &[o.binary_name.as_str()] };
-    let binary = names.iter().find_map(|n| oci::find_binary(n)).ok_or_else(|| {
-        Error::not_found(format!("no OCI runtime: {} not found", names.join(", "))).hint("install runc")
-    })?;
+    let binary = options::runtime_binary(o)?;
     let root = if o.root.is_empty() { Path::new(DEFAULT_ROOT) } else { Path::new(&o.root) };
     let mut config = Config::new(binary, bundle);
     config.root = Some(root.join(&shared.settings.namespace));
@@ -119,7 +103,7 @@ pub(crate) async fn create(shared: Arc<Shared>, req: CreateTaskRequest) -> Resul
 
 async fn make(shared: &Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
     let bundle = PathBuf::from(&req.bundle);
-    let o = options(&req)?;
+    let o = options::read(req.options.as_ref())?;
     let peek = ConfigPeek::read(&bundle)?;
     let config = runtime_config(shared, &o, &bundle)?;
     let record = TaskRecord {

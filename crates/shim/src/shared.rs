@@ -25,6 +25,8 @@ pub struct Settings {
     pub events: String,
     /// A short directory, closed to others, for sockets.
     pub sockets: PathBuf,
+    /// The socket on which it is found; removed once it takes no more work.
+    pub socket: Option<PathBuf>,
 }
 
 /// What all containers share.
@@ -37,7 +39,14 @@ pub(crate) struct Shared {
     permits: Semaphore,
     /// Told when the shim shall end.
     pub stop: Notify,
-    containers: Mutex<HashMap<String, Option<Handle>>>,
+    containers: Mutex<Containers>,
+}
+
+#[derive(Default)]
+struct Containers {
+    by_id: HashMap<String, Option<Handle>>,
+    /// No more of them: the shim is ending.
+    closed: bool,
 }
 
 impl Shared {
@@ -55,7 +64,7 @@ impl Shared {
         }
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Handle>>> {
+    fn containers(&self) -> MutexGuard<'_, Containers> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -85,33 +94,51 @@ impl Shared {
     /// Takes a name for a container that is about to be created.
     pub fn reserve(&self, id: &str) -> Result<()> {
         let mut all = self.containers();
-        if all.contains_key(id) {
+        if all.closed {
+            return Err(Error::unavailable("the shim is ending").hint("start another one"));
+        }
+        if all.by_id.contains_key(id) {
             return Err(Error::exists(format!("container {id} exists already")));
         }
-        all.insert(id.to_string(), None);
+        all.by_id.insert(id.to_string(), None);
         Ok(())
     }
 
     /// The container exists now.
     pub fn fill(&self, id: &str, handle: Handle) {
-        self.containers().insert(id.to_string(), Some(handle));
+        self.containers().by_id.insert(id.to_string(), Some(handle));
     }
 
     /// The container is gone, or was never made.
     pub fn release(&self, id: &str) {
         let mut all = self.containers();
-        all.remove(id);
-        all.shrink_to_fit();
+        all.by_id.remove(id);
+        all.by_id.shrink_to_fit();
         drop(all);
         sys::malloc::trim();
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.containers().is_empty()
+    /// Ends the shim, if it has no container. From here on it takes none, and is
+    /// found no more: a `start` that comes now gets another shim and not this one.
+    pub fn close(&self) {
+        let mut all = self.containers();
+        if all.closed || !all.by_id.is_empty() {
+            return;
+        }
+        all.closed = true;
+        drop(all);
+        if let Some(socket) = &self.settings.socket {
+            let _ = std::fs::remove_file(socket);
+        }
+        self.stop.notify_one();
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.containers().closed
     }
 
     pub fn find(&self, id: &str) -> Result<Handle> {
-        match self.containers().get(id) {
+        match self.containers().by_id.get(id) {
             Some(Some(handle)) => Ok(handle.clone()),
             Some(None) => Err(Error::precondition(format!("container {id} is being created"))),
             None => Err(Error::not_found(format!("container {id}"))),
@@ -119,7 +146,7 @@ impl Shared {
     }
 
     pub fn handles(&self) -> Vec<Handle> {
-        self.containers().values().flatten().cloned().collect()
+        self.containers().by_id.values().flatten().cloned().collect()
     }
 
     /// Sends a request to a container's owner and awaits its answer. The caller

@@ -42,13 +42,3 @@ pub fn exit_status(status: types::ExitStatus) -> u32 {
 pub fn pid(pid: i32) -> u32 {
     u32::try_from(pid).unwrap_or(0)
 }
-
-/// What `-info` prints: a RuntimeInfo with name and version.
-pub fn runtime_info(name: &str) -> Vec<u8> {
-    let version = env!("CARGO_PKG_VERSION").to_string();
-    prost::Message::encode_to_vec(&proto::containerd::types::RuntimeInfo {
-        name: name.into(),
-        version: Some(proto::containerd::types::RuntimeVersion { version, revision: String::new() }),
-        ..Default::default()
-    })
-}
