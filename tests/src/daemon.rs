@@ -200,6 +200,11 @@ impl Daemon {
         seen.clone()
     }
 
+    /// Removes its cgroups, in which no process may be any more.
+    pub fn remove_cgroups(&self) {
+        wait_for("its cgroups are gone", Duration::from_secs(20), || remove_cgroups(&self.cgroup));
+    }
+
     /// What the node holds of it and its pods now.
     pub fn footprint(&self) -> Footprint {
         let own = self.child.as_ref().map(Child::id);

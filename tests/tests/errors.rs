@@ -1,5 +1,6 @@
 //! Failures: each with the right gRPC code, a message that names the culprit, and
 //! nothing left behind.
+#![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{Cri, Daemon, Footprint, busybox, container};
 use proto::cri::*;
@@ -92,8 +93,7 @@ async fn what_cannot_be_is_refused_by_name() {
     security(&mut c).run_as_group = Some(Int64Value { value: 7 });
     w.refuses(&c, Code::InvalidArgument, &["group"]).await;
     let mut c = main();
-    security(&mut c).capabilities =
-        Some(Capability { add_capabilities: vec!["FLYING".into()], ..Default::default() });
+    security(&mut c).capabilities = Some(Capability { add_capabilities: vec!["FLYING".into()], ..Default::default() });
     w.refuses(&c, Code::InvalidArgument, &["FLYING"]).await;
 
     // A host path below a file can't be made.
@@ -189,30 +189,36 @@ async fn names_are_taken_once_and_stopped_pods_start_nothing() {
     assert_ne!(again, w.pod);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_is_named_and_ends_go_on() {
+/// A daemon on a disk of 64 MiB, and a pod with a container that runs and one that
+/// ends two seconds later.
+async fn small() -> (Daemon, Footprint, PodSandboxConfig, String, [String; 2]) {
     let daemon = Daemon::on(TempRoot::small_disk(64 << 20), "").await;
     daemon.import(&busybox(), IMAGE);
-    let registry = testkit::registry();
     let cri = daemon.cri().await;
-    let config = daemon.pod("full");
     let empty = daemon.footprint();
+    let config = daemon.pod("full");
     let pod = cri.run_pod(&config).await.unwrap();
-    let dir = daemon.dir().to_path_buf();
-    let id = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
+    let main = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
     let brief = cri.run(&pod, &container("brief", IMAGE, &["sleep", "2"]), &config).await.unwrap();
-    let before = daemon.footprint();
+    (daemon, empty, config, pod, [main, brief])
+}
 
-    // The database gives up its ballast to the first that need it: then the disk is
-    // full indeed.
-    let mut fillers = vec![fill(&dir, 0)];
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_named() {
+    let (daemon, empty, config, pod, _) = small().await;
+    let cri = daemon.cri().await;
+    let registry = testkit::registry();
+    let before = daemon.footprint();
+    // The database gives up its ballast to whom needs it first: only then is the
+    // disk full indeed.
+    let mut fillers = vec![fill(daemon.dir(), 0)];
     let e = loop {
         match cri.create(&pod, &container("more", IMAGE, &["true"]), &config).await {
             Ok(more) => cri.remove(&more).await.unwrap(),
             Err(e) => break e,
         }
         assert!(fillers.len() < 5, "there is always more room");
-        fillers.push(fill(&dir, fillers.len()));
+        fillers.push(fill(daemon.dir(), fillers.len()));
     };
     assert_eq!(e.code(), Code::ResourceExhausted, "{e}");
     daemon.leaves_nothing_but(&before);
@@ -226,20 +232,36 @@ async fn a_full_disk_is_named_and_ends_go_on() {
     assert_eq!(e.code(), Code::ResourceExhausted, "{e}");
     daemon.leaves_nothing_but(&before);
 
-    // What runs goes on, and every end can be carried out and is remembered.
-    assert_eq!(cri.status(&id).await.unwrap().state(), ContainerState::ContainerRunning);
+    // Once there is room again, all goes on as before.
+    for filler in fillers {
+        std::fs::remove_file(filler).unwrap();
+    }
+    cri.run(&pod, &container("more", IMAGE, &["true"]), &config).await.unwrap();
+    cri.remove_pod(&pod).await.unwrap();
+    daemon.leaves_nothing_but(&empty);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_full_disk_every_end_is_carried_out_and_remembered() {
+    let (mut daemon, empty, config, pod, [main, brief]) = small().await;
+    let cri = daemon.cri().await;
+    let filler = fill(daemon.dir(), 0);
+    assert_eq!(cri.status(&main).await.unwrap().state(), ContainerState::ContainerRunning);
     assert_eq!(cri.exited(&brief, BOUND).await.exit_code, 0);
-    cri.stop(&id, 0).await.unwrap();
-    assert_eq!(cri.status(&id).await.unwrap().exit_code, 137);
-    cri.remove(&id).await.unwrap();
-    cri.remove(&brief).await.unwrap();
+    cri.stop(&main, 0).await.unwrap();
+    daemon.kill();
+    daemon.begin().await;
+    let cri = daemon.cri().await;
+    for (id, code) in [(&main, 137), (&brief, 0)] {
+        let status = cri.status(id).await.unwrap();
+        assert_eq!((status.state(), status.exit_code), (ContainerState::ContainerExited, code));
+        cri.remove(id).await.unwrap();
+    }
     cri.stop_pod(&pod).await.unwrap();
     cri.remove_pod(&pod).await.unwrap();
     assert_eq!(cri.pods().await.unwrap(), Vec::<String>::new());
     daemon.leaves_nothing_but(&empty);
-    for filler in fillers {
-        std::fs::remove_file(filler).unwrap();
-    }
+    std::fs::remove_file(filler).unwrap();
     let pod = cri.run_pod(&config).await.unwrap();
     cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
 }

@@ -1,5 +1,6 @@
 //! ExecSync against a real daemon, shim and runtime (behaviours.md section 1): what
 //! it answers, how long it takes, and that nothing of it stays in the shim.
+#![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
     Cri, Daemon, busybox, children, container, in_pid_namespace, open_fds, own_memory_kib, wait_for,

@@ -1,5 +1,6 @@
 //! What the death of the daemon, of a shim, of both, and of the node leaves, against
 //! a real shim and runtime (behaviours.md sections 5 and 6).
+#![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
     Cri, Daemon, busybox, children, command_line, container, in_pid_namespace, namespace, signal, wait_for,
@@ -94,11 +95,11 @@ async fn a_killed_daemon_finds_all_again() {
         assert!(pending.await.unwrap().is_err());
         std::fs::write(go.join("now"), "").unwrap();
         wait_for("a container ends while there is no daemon", BOUND, || command_line(brief_pid).is_empty());
-        let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
         let log = daemon.dir().join(format!("log-{name}/talker.log"));
         let written = lines(&log).len();
         wait_for("the log goes on without a daemon", BOUND, || lines(&log).len() > written + 5);
         tokio::time::sleep(Duration::from_millis(300)).await;
+        let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
         daemon.begin().await;
 
         let cri = daemon.cri().await;
@@ -267,13 +268,14 @@ async fn after_a_restart_of_the_node_pods_are_not_ready_and_images_stay() {
         let pid = pid_of(&cri, &running).await;
         daemon.kill();
         if emptied {
-            // As the kernel would: processes first, then mounts, then the tmpfs.
+            // As the end of a node would: processes, cgroups, mounts, the tmpfs.
             for shim in daemon.shims() {
                 let containers = children(shim);
                 kill(shim);
                 containers.into_iter().for_each(kill);
             }
             wait_for("all processes are dead", BOUND, || command_line(pid).is_empty() && daemon.shims().is_empty());
+            daemon.remove_cgroups();
             unmount_below(&daemon.state());
             std::fs::remove_dir_all(daemon.state()).unwrap();
         } else {
