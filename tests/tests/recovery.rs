@@ -276,6 +276,7 @@ async fn after_a_restart_of_the_node_pods_are_not_ready_and_images_stay() {
             }
             wait_for("all processes are dead", BOUND, || command_line(pid).is_empty() && daemon.shims().is_empty());
             daemon.remove_cgroups();
+            remove_sockets(&daemon.state());
             unmount_below(&daemon.state());
             std::fs::remove_dir_all(daemon.state()).unwrap();
         } else {
@@ -303,6 +304,14 @@ async fn after_a_restart_of_the_node_pods_are_not_ready_and_images_stay() {
             cri.remove_pod(id).await.unwrap();
         }
         daemon.leaves_nothing_but(&before);
+    }
+}
+
+/// The shims' sockets, which lie outside the state directory but end with the node.
+fn remove_sockets(state: &std::path::Path) {
+    for bundle in std::fs::read_dir(state.join("bundles")).unwrap().flatten() {
+        let address = std::fs::read_to_string(bundle.path().join("address")).unwrap();
+        std::fs::remove_file(address.trim().trim_start_matches("unix://")).unwrap();
     }
 }
 
