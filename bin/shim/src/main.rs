@@ -18,6 +18,9 @@ use std::process::ExitCode;
 use types::{Error, Result, ResultExt};
 
 fn main() -> ExitCode {
+    if let Some(code) = sys::ns_helper::run_if_asked() {
+        return code;
+    }
     sys::process::inherit_nothing();
     sys::malloc::be_small();
     let result = Flags::parse(std::env::args_os().skip(1)).and_then(run);

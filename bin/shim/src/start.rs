@@ -21,15 +21,6 @@ const DIRECTORY: &str = "/run/longshore/s";
 /// containerd 1.7, which refuses it.
 const VERSION: &str = "LONGSHORE_SHIM_VERSION";
 
-/// FNV-1a: a name, no secret; a clash would meet a socket that is in use and fail.
-fn hash(parts: &[&str]) -> u128 {
-    const PRIME: u128 = 0x0100_0000_0000_0000_0000_013b;
-    parts
-        .iter()
-        .flat_map(|p| p.bytes().chain([0]))
-        .fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |h, b| (h ^ u128::from(b)).wrapping_mul(PRIME))
-}
-
 /// Where the shim of this container listens. Members of a group have one socket,
 /// whatever their bundles; others have one each.
 fn socket_path(flags: &Flags, bundle: &Path, group: Option<&str>, told: &Bootstrap) -> PathBuf {
@@ -39,11 +30,12 @@ fn socket_path(flags: &Flags, bundle: &Path, group: Option<&str>, told: &Bootstr
     let address = told.caller.as_deref().unwrap_or(&flags.address);
     let directory = told.socket_dir.as_deref().unwrap_or(Path::new(DIRECTORY));
     let own = bundle.to_string_lossy();
+    // A clash would meet a socket that is in use and fail.
     let name = match group {
-        Some(group) => hash(&[address, &flags.namespace, "group", group]),
-        None => hash(&[address, &flags.namespace, &flags.id, &own]),
+        Some(group) => shim::short_name(&[address, &flags.namespace, "group", group]),
+        None => shim::short_name(&[address, &flags.namespace, &flags.id, &own]),
     };
-    directory.join(format!("{name:032x}"))
+    directory.join(name)
 }
 
 /// Listens on `path`; a socket that nobody serves any more is replaced.

@@ -48,5 +48,6 @@ async fn clean(id: &str, bundle: &Path, record: &TaskRecord, errors: &mut Vec<Er
         Err(e) if !e.is_not_found() => errors.push(e),
         _ => {}
     }
+    errors.extend(crate::idmap::forget(bundle).err());
     errors.extend(mounts::unmount_rootfs(&bundle.join("rootfs"), record.rootfs_mounts).err());
 }

@@ -9,6 +9,7 @@
 //! streams.rs               URIs to descriptors, through `stdio`
 //! cgroup.rs oom.rs stats.rs  the container's cgroups
 //! events.rs                to the caller, in order
+//! mounts.rs idmap.rs       the root file system's mounts
 //! persist.rs               what outlives the shim, in the bundle
 //! options.rs info.rs       the caller's options; what this runtime can
 //! bootstrap.rs             what `start` is told and answers; groups
@@ -22,6 +23,7 @@ mod control;
 mod delete;
 mod events;
 mod exec;
+mod idmap;
 mod info;
 pub mod log;
 mod mounts;
@@ -40,6 +42,7 @@ mod streams;
 mod wire;
 
 pub use delete::delete;
+pub use idmap::short_name;
 pub use info::runtime_info;
 pub use serve::serve;
 pub use service::decode_delete;

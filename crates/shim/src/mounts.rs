@@ -2,6 +2,8 @@
 //! `<bundle>/rootfs`; taken off again on delete, also by the `delete` command
 //! after the shim has died.
 
+use crate::idmap::{self, Lowers};
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive};
 use rustix::mount::{mount_change, mount_remount, unmount};
@@ -110,14 +112,28 @@ pub fn mount_rootfs(root: &Path, mounts: &[proto::containerd::types::Mount]) -> 
 
 fn mount_one(root: &Path, m: &proto::containerd::types::Mount) -> Result<()> {
     let what = || format!("mount {} {} on {}", m.r#type, m.source, root.display());
-    let p = plan(&m.options);
+    let mut options = m.options.clone();
+    let namespace = match idmap::take(&mut options).map_err(|e| e.within(what()))? {
+        Some(mapping) => Some(mapping.namespace().map_err(|e| e.within(what()))?),
+        None => None,
+    };
+    // Held until the overlay holds them itself.
+    let _lowers = match &namespace {
+        Some(namespace) if m.r#type == "overlay" => {
+            Some(map_lowers(root, &mut options, namespace).map_err(|e| e.within(what()))?)
+        }
+        _ => None,
+    };
+    let p = plan(&options);
     if p.data.iter().any(|o| o == "loop" || o.starts_with("X-") || o.starts_with("x-")) {
         return Err(Error::unimplemented(format!("{}: option {:?} is not served", what(), p.data)));
     }
     if p.bind.is_some() || m.r#type == "bind" {
-        let bound =
-            if p.bind == Some(true) { mount_bind_recursive(&m.source, root) } else { mount_bind(&m.source, root) };
-        bound.context(what)?;
+        match &namespace {
+            Some(namespace) => sys::mount::bind_idmapped(Path::new(&m.source), root, namespace.as_fd())?,
+            None if p.bind == Some(true) => mount_bind_recursive(&m.source, root).context(what)?,
+            None => mount_bind(&m.source, root).context(what)?,
+        }
         if !p.flags.is_empty() {
             mount_remount(root, p.flags | MountFlags::BIND, c"").context(what)?;
         }
@@ -143,6 +159,24 @@ fn mount_one(root: &Path, m: &proto::containerd::types::Mount) -> Result<()> {
         mount_change(root, propagation).context(what)?;
     }
     Ok(())
+}
+
+/// Puts mapped layers in the place of an overlay's lower ones. The upper one is
+/// the container's own: its owners are right as they are.
+fn map_lowers(root: &Path, options: &mut [String], namespace: &OwnedFd) -> Result<Lowers> {
+    let lower = options
+        .iter_mut()
+        .find(|o| o.starts_with("lowerdir="))
+        .ok_or_else(|| Error::invalid("an overlay without lowerdir can't be mapped"))?;
+    let layers: Vec<&str> = lower["lowerdir=".len()..].split(':').collect();
+    let lowers = Lowers::bind(root.parent().unwrap_or(root), &layers, namespace)?;
+    *lower = format!("lowerdir={}", lowers.paths().join(":"));
+    Ok(lowers)
+}
+
+/// Does any of the mounts need a user namespace, and so a process, to be made?
+pub fn are_mapped(mounts: &[proto::containerd::types::Mount]) -> bool {
+    mounts.iter().any(|m| idmap::asked(&m.options))
 }
 
 /// Joins mount data. An overlay with so many layers that the data exceeds a page

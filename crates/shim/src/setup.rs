@@ -11,6 +11,7 @@ use oci::{Child, Command, Config, Launch, Runtime};
 use proto::containerd::events::{TaskCreate, TaskIo};
 use proto::containerd::runc::v1::Options;
 use proto::containerd::task::v3::CreateTaskRequest;
+use proto::containerd::types::Mount;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -116,7 +117,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
     persist::write_task(&bundle, &record)?;
     let runtime = Arc::new(Command::new(config, shared.children.clone()));
     let rootfs = bundle.join("rootfs");
-    mounts::mount_rootfs(&rootfs, &req.rootfs)?;
+    mount(&rootfs, &req.rootfs).await?;
     let wanted = Wanted {
         stdin: req.stdin.clone(),
         stdout: req.stdout.clone(),
@@ -151,6 +152,16 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
     let process = Process::launched(wanted, io, child);
     Owner::spawn(shared.clone(), &req.id, bundle, process, runtime, cgroup, habits, peek.private_pids(), record);
     Ok(pid)
+}
+
+/// Mounts the root file system, on another thread where that takes a process.
+async fn mount(rootfs: &Path, mounts: &[Mount]) -> Result<()> {
+    if !mounts::are_mapped(mounts) {
+        return mounts::mount_rootfs(rootfs, mounts);
+    }
+    let (rootfs, mounts) = (rootfs.to_path_buf(), mounts.to_vec());
+    let mounted = tokio::task::spawn_blocking(move || mounts::mount_rootfs(&rootfs, &mounts)).await;
+    mounted.unwrap_or_else(|e| Err(Error::internal("mount the root file system").because(e)))
 }
 
 /// Opens the streams and lets the runtime create the container. A failure leaves
