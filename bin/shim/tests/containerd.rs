@@ -302,3 +302,55 @@ fn ctr_s_log_uris_are_served() {
     let _ = c.ctr(&["container", "rm", "ln"]);
     assert_eq!(c.shims(), 0, "no bundle is left");
 }
+
+#[test]
+fn a_group_shares_a_shim_and_outlives_its_daemon() {
+    if !installed("containerd") || !installed("ctr") {
+        eprintln!("skipped: containerd is not installed");
+        return;
+    }
+    let mut c = Containerd::start();
+    let pod = ["-d", "--annotation", "io.kubernetes.cri.sandbox-id=pod"];
+    for name in ["pod", "one", "two"] {
+        let out = c.run(&pod, name, "trap 'exit 9' TERM; while :; do sleep 0.1; done");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+    let state = c.dir.path().join("state/io.containerd.runtime.v2.task/default");
+    let pid = |name: &str| std::fs::read_to_string(state.join(name).join("shim.pid")).unwrap();
+    assert_eq!((pid("one"), pid("two")), (pid("pod"), pid("pod")));
+
+    c.kill_9_and_restart();
+    assert_eq!(c.ok(&["task", "ls"]).matches("RUNNING").count(), 3);
+    for (name, code) in [("pod", 3), ("one", 4), ("two", 5)] {
+        let out = c.ctr(&["task", "exec", "--exec-id", "e", name, "/bin/sh", "-c", &format!("exit {code}")]);
+        assert_eq!(out.status.code(), Some(code), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+    // The others live on when one of them goes, though the caller then asks the
+    // shim to end.
+    let end = |name: &str| {
+        c.ok(&["task", "kill", name]);
+        for _ in 0..100 {
+            if c.ok(&["task", "ls"]).lines().any(|l| l.starts_with(name) && l.contains("STOPPED")) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        c.ctr(&["task", "rm", name]);
+        c.ok(&["container", "rm", name]);
+    };
+    end("pod");
+    assert_eq!(c.ok(&["task", "ls"]).matches("RUNNING").count(), 2);
+    let out = c.ctr(&["task", "exec", "--exec-id", "f", "one", "/bin/sh", "-c", "exit 6"]);
+    assert_eq!(out.status.code(), Some(6), "{}", String::from_utf8_lossy(&out.stderr));
+    let shim = pid("one");
+    end("one");
+    end("two");
+    assert_eq!(c.shims(), 0, "no bundle is left");
+    for _ in 0..100 {
+        if !Path::new("/proc").join(&shim).join("fd/0").exists() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("the group's shim {shim} outlives its last container");
+}
