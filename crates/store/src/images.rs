@@ -73,7 +73,7 @@ impl Store {
     /// When it can't be committed.
     pub async fn delete_image(&self, id: &str) -> Result<()> {
         let id = id.to_owned();
-        self.write(Durability::Full, move |t| {
+        self.write_end(Durability::Full, move |t| {
             for sql in [
                 "DELETE FROM image_refs WHERE image_id=?1",
                 "DELETE FROM image_manifests WHERE image_id=?1",

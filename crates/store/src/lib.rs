@@ -35,7 +35,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use types::{Error, Result, ResultExt};
-use writer::Writer;
+use writer::{Purpose, Writer};
 
 /// The database's file name inside its directory.
 pub const FILE_NAME: &str = "longshore.db";
@@ -110,11 +110,9 @@ impl Store {
         &self.inner.path
     }
 
-    /// Runs `f` in a transaction on the writer thread and commits it.
-    ///
-    /// On a full disk the ballast is given up and `f` runs a second time, which
-    /// is why it is `FnMut`; its first run has been rolled back by then. Once
-    /// sent, the transaction is carried out even if this future is dropped.
+    /// Runs `f` in a transaction on the writer thread and commits it: something
+    /// new, which a full disk refuses. Once sent, the transaction is carried out
+    /// even if this future is dropped.
     ///
     /// # Errors
     /// What `f` returned (then nothing is committed), or why the commit failed.
@@ -123,7 +121,21 @@ impl Store {
         T: Send + 'static,
         F: FnMut(&Transaction<'_>) -> Result<T> + Send + 'static,
     {
-        self.inner.writer.send(durability, f)?.await.map_err(|_| writer::closed())?
+        self.inner.writer.send(durability, Purpose::New, f)?.await.map_err(|_| writer::closed())?
+    }
+
+    /// The same for a change or an end of what is there, which must go through on a
+    /// full disk too: there the ballast is given up and `f` runs a second time,
+    /// which is why it is `FnMut`; its first run has been rolled back by then.
+    ///
+    /// # Errors
+    /// As [`Store::write`].
+    pub async fn write_end<T, F>(&self, durability: Durability, f: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnMut(&Transaction<'_>) -> Result<T> + Send + 'static,
+    {
+        self.inner.writer.send(durability, Purpose::End, f)?.await.map_err(|_| writer::closed())?
     }
 
     /// Runs `f` on a read-only connection in a blocking thread.

@@ -27,7 +27,7 @@ impl Store {
     /// When it can't be committed.
     pub async fn set_meta(&self, key: &str, value: &str) -> Result<()> {
         let (key, value) = (key.to_owned(), value.to_owned());
-        self.write(Durability::Full, move |t| {
+        self.write_end(Durability::Full, move |t| {
             t.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?1, ?2)", params![key, value])
                 .sql(|| format!("write {key}"))?;
             Ok(())

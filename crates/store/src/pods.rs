@@ -67,7 +67,7 @@ impl Store {
     /// `NotFound` when it is not stored.
     pub async fn update_pod_state(&self, id: &str, state_json: String) -> Result<()> {
         let id = id.to_owned();
-        self.write(Durability::Normal, move |t| {
+        self.write_end(Durability::Normal, move |t| {
             let changed = t
                 .prepare_cached("UPDATE pods SET state_json=?2 WHERE id=?1")
                 .and_then(|mut s| s.execute(params![id, state_json]))
@@ -83,7 +83,7 @@ impl Store {
     /// When it can't be committed.
     pub async fn delete_pod(&self, id: &str) -> Result<()> {
         let id = id.to_owned();
-        self.write(Durability::Normal, move |t| {
+        self.write_end(Durability::Normal, move |t| {
             for sql in [
                 "DELETE FROM containers WHERE pod_id=?1",
                 "DELETE FROM timeline WHERE pod_id=?1",
@@ -138,7 +138,7 @@ impl Store {
     /// `NotFound` when it is not stored.
     pub async fn update_container_state(&self, id: &str, state_json: String) -> Result<()> {
         let id = id.to_owned();
-        self.write(Durability::Normal, move |t| {
+        self.write_end(Durability::Normal, move |t| {
             let changed = t
                 .prepare_cached("UPDATE containers SET state_json=?2 WHERE id=?1")
                 .and_then(|mut s| s.execute(params![id, state_json]))
@@ -154,7 +154,7 @@ impl Store {
     /// When it can't be committed.
     pub async fn delete_container(&self, id: &str) -> Result<()> {
         let id = id.to_owned();
-        self.write(Durability::Normal, move |t| {
+        self.write_end(Durability::Normal, move |t| {
             t.prepare_cached("DELETE FROM containers WHERE id=?1")
                 .and_then(|mut s| s.execute([&id]))
                 .sql(|| format!("delete container {id}"))?;
@@ -214,7 +214,7 @@ impl Store {
     /// When it can't be committed.
     pub async fn delete_timeline(&self, pod_id: &str) -> Result<()> {
         let pod_id = pod_id.to_owned();
-        self.write(Durability::Normal, move |t| {
+        self.write_end(Durability::Normal, move |t| {
             t.execute("DELETE FROM timeline WHERE pod_id=?1", [&pod_id])
                 .sql(|| format!("delete the timeline of pod {pod_id}"))?;
             Ok(())

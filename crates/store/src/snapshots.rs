@@ -124,7 +124,7 @@ impl Store {
     /// `FailedPrecondition` for a layer: those are swept.
     pub async fn delete_snapshot(&self, key: &str) -> Result<Option<i64>> {
         let key = key.to_owned();
-        self.write(Durability::Normal, move |t| match by_key(t, &key)? {
+        self.write_end(Durability::Normal, move |t| match by_key(t, &key)? {
             None => Ok(None),
             Some(s) if s.kind == SnapshotKind::Layer => {
                 Err(Error::precondition(format!("snapshot {key} is a layer, which only a sweep removes")))
@@ -142,7 +142,7 @@ impl Store {
     /// # Errors
     /// When it can't be committed.
     pub async fn forget_snapshot(&self, id: i64) -> Result<()> {
-        self.write(Durability::Normal, move |t| {
+        self.write_end(Durability::Normal, move |t| {
             t.execute("DELETE FROM snapshots WHERE id=?1", [id]).sql(|| format!("forget snapshot {id}"))?;
             Ok(())
         })
@@ -196,7 +196,7 @@ impl Store {
     /// # Errors
     /// When it can't be committed.
     pub async fn keep_layers(&self, keep: Vec<String>) -> Result<()> {
-        self.write(Durability::Full, move |t| {
+        self.write_end(Durability::Full, move |t| {
             let what = || "mark the images' layers".to_owned();
             t.execute("UPDATE snapshots SET kept=0 WHERE kept<>0", []).sql(what)?;
             let mut mark = t.prepare_cached("UPDATE snapshots SET kept=1 WHERE key=?1").sql(what)?;
@@ -214,7 +214,7 @@ impl Store {
     /// # Errors
     /// When it can't be committed.
     pub async fn sweep_layers(&self, mut held: impl FnMut(&str) -> bool + Send + 'static) -> Result<Vec<i64>> {
-        self.write(Durability::Normal, move |t| {
+        self.write_end(Durability::Normal, move |t| {
             let what = || "sweep unused layers".to_owned();
             let mut swept = Vec::new();
             loop {

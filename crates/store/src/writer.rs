@@ -21,8 +21,18 @@ pub(crate) struct Writer {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// What a transaction is for: only an end may have the ballast, or new things would
+/// use up what their ends will need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Something new.
+    New,
+    /// A change or an end of what is there.
+    End,
+}
+
 enum Message {
-    Run(Durability, Box<dyn Job>),
+    Run(Durability, Purpose, Box<dyn Job>),
     Stop,
 }
 
@@ -70,14 +80,19 @@ impl Writer {
         Ok(Self { queue, thread: Mutex::new(Some(thread)) })
     }
 
-    pub(crate) fn send<T, F>(&self, durability: Durability, f: F) -> Result<oneshot::Receiver<Result<T>>>
+    pub(crate) fn send<T, F>(
+        &self,
+        durability: Durability,
+        purpose: Purpose,
+        f: F,
+    ) -> Result<oneshot::Receiver<Result<T>>>
     where
         T: Send + 'static,
         F: FnMut(&Transaction<'_>) -> Result<T> + Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
         let job = Box::new(Request { f, value: None, reply });
-        self.queue.send(Message::Run(durability, job)).map_err(|_| closed())?;
+        self.queue.send(Message::Run(durability, purpose, job)).map_err(|_| closed())?;
         Ok(answer)
     }
 
@@ -105,9 +120,10 @@ struct State {
 
 impl State {
     fn serve(&mut self, requests: &Receiver<Message>) {
-        while let Ok(Message::Run(durability, mut job)) = requests.recv() {
+        while let Ok(Message::Run(durability, purpose, mut job)) = requests.recv() {
             let mut outcome = self.attempt(durability, job.as_mut());
             if let Err(error) = &outcome
+                && purpose == Purpose::End
                 && self.blames_the_disk(error)
                 && self.ballast.give_up()
             {

@@ -116,6 +116,18 @@ async fn on_a_full_disk_stops_and_removals_still_commit() {
     let store = Store::open(&disk.join("db")).unwrap();
     store.put_pod(pod("a", "a")).await.unwrap();
     let filler = disk.fill();
+    // Something new gets none of the reserve that ends need.
+    let refused = async {
+        for n in 0..10_000 {
+            let id = format!("new-{n}");
+            if let Err(e) = store.put_pod(pod(&id, &id)).await {
+                return e;
+            }
+        }
+        panic!("ten thousand pods fit on a full disk");
+    };
+    assert_eq!(refused.await.kind(), ErrorKind::ResourceExhausted);
+    assert_eq!(std::fs::metadata(disk.join("db/ballast")).unwrap().len(), 4 << 20);
     // The write-ahead log grows by a page or so each time; far more than fits without the ballast.
     for n in 0..100 {
         store.update_pod_state("a", format!("{{\"n\":{n},\"pad\":\"{}\"}}", "x".repeat(3000))).await.unwrap();

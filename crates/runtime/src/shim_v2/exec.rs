@@ -368,10 +368,21 @@ impl Inner {
         }
     }
 
+    /// The execs of a container that a daemon has begun and not ended.
+    pub(super) fn old_execs(&self, pod: &Pod, container: &str) -> Vec<String> {
+        bundle::list(&self.layout.task(&pod.id, container).join("execs"))
+    }
+
     /// Kills the execs of a daemon that died (DESIGN.md, "RPC handlers").
-    pub(super) async fn end_old_execs(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>, container: &str) {
+    pub(super) async fn end_old_execs(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        shim: &Arc<Shim>,
+        container: &str,
+        old: Vec<String>,
+    ) {
         let execs = self.layout.task(&pod.id, container).join("execs");
-        for id in bundle::list(&execs) {
+        for id in old {
             let dir = execs.join(&id);
             let exec = Exec {
                 inner: self.clone(),

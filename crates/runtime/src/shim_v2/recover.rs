@@ -112,7 +112,9 @@ impl Inner {
             pod.update(|s| s.tasks.insert(id.clone(), task.clone()));
             self.watch_task(pod, shim, &task);
             let (inner, pod, shim) = (self.clone(), pod.clone(), shim.clone());
-            tokio::spawn(async move { inner.end_old_execs(&pod, &shim, &id).await });
+            // Listed now: an exec that begins after the recovery is none of these.
+            let old = self.old_execs(&pod, &id);
+            tokio::spawn(async move { inner.end_old_execs(&pod, &shim, &id, old).await });
         }
     }
 
