@@ -1,7 +1,7 @@
 //! The shim: ttrpc services, task states, exit ordering.
 //!
 //! ```text
-//! service.rs, private.rs   ttrpc: validate, ask the owner, answer
+//! service.rs, sandbox.rs, private.rs  ttrpc: validate, ask the owner, answer
 //! setup.rs                 Create, from request to owner
 //! container.rs             the owner: carries out what is decided
 //! exec.rs, control.rs      the rest of what is asked of it
@@ -31,6 +31,7 @@ mod oom;
 mod options;
 pub mod persist;
 mod private;
+mod sandbox;
 mod serve;
 mod service;
 mod setup;

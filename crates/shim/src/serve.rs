@@ -2,9 +2,11 @@
 
 use crate::log;
 use crate::private::Private;
+use crate::sandbox::Sandboxes;
 use crate::service::Tasks;
 use crate::shared::{Settings, Shared};
 use oci::Children;
+use proto::containerd::runtime::sandbox::v1::{SandboxClient, register_sandbox};
 use proto::containerd::task::v3::register_task;
 use proto::longshore_shim::{LongshoreClient, register_longshore};
 use std::os::unix::net::UnixListener;
@@ -12,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use types::{Result, ResultExt};
 
-/// Serves both task services and our own on `listener` until Shutdown.
+/// Serves both task services, the sandbox service and our own on `listener` until Shutdown.
 ///
 /// # Errors
 /// Where this process can't become a subreaper or serve at all.
@@ -33,6 +35,8 @@ pub async fn serve(listener: UnixListener, settings: Settings) -> Result<()> {
     for name in proto::TASK_SERVICES {
         server = server.register_service(register_task(tasks.clone(), name));
     }
+    let sandboxes = Arc::new(Sandboxes::new(shared.clone()));
+    server = server.register_service(register_sandbox(sandboxes, SandboxClient::SERVICE));
     let private = Arc::new(Private { shared: shared.clone() });
     server = server.register_service(register_longshore(private, LongshoreClient::SERVICE));
     server.start().await.context(|| "serve".into())?;

@@ -186,7 +186,8 @@ impl Task for Tasks {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: task::ShutdownRequest) -> ttrpc::Result<()> {
-        self.shared.close();
+        // With containers left it is no end, and no failure either.
+        let _ = self.shared.close();
         Ok(())
     }
 }

@@ -120,10 +120,11 @@ impl Shared {
 
     /// Ends the shim, if it has no container. From here on it takes none, and is
     /// found no more: a `start` that comes now gets another shim and not this one.
-    pub fn close(&self) {
+    /// Says whether it ends.
+    pub fn close(&self) -> bool {
         let mut all = self.containers();
         if all.closed || !all.by_id.is_empty() {
-            return;
+            return all.closed;
         }
         all.closed = true;
         drop(all);
@@ -131,6 +132,7 @@ impl Shared {
             let _ = std::fs::remove_file(socket);
         }
         self.stop.notify_one();
+        true
     }
 
     pub fn is_closed(&self) -> bool {
