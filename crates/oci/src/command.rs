@@ -6,11 +6,11 @@
 //! close-on-exec, so nothing but the three standard streams reaches it or the
 //! container (CVE-2024-21626).
 
-use crate::{Child, Children, Launch, Runtime, State, Stdio, message};
+use crate::{Checkpoint, Child, Children, Launch, Runtime, State, Stdio, message};
 use async_trait::async_trait;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,8 +32,8 @@ pub struct Config {
     pub no_pivot: bool,
     /// `create --no-new-keyring`.
     pub no_new_keyring: bool,
-    /// The longest that `create` and `exec` may take, which may wait for cold
-    /// disks; the others get at most [`SHORT`].
+    /// The longest that `create`, `exec` and `checkpoint` may take, which may wait
+    /// for slow disks; the others get at most [`SHORT`].
     pub deadline: Duration,
 }
 
@@ -119,8 +119,11 @@ impl Command {
         drop(command);
         let pid = i32::try_from(spawned?.id()).unwrap_or(-1);
         let child = self.children.adopt(pid)?;
-        let deadline =
-            if matches!(verb, "create" | "exec") { self.config.deadline } else { self.config.deadline.min(SHORT) };
+        let deadline = if matches!(verb, "create" | "exec" | "checkpoint") {
+            self.config.deadline
+        } else {
+            self.config.deadline.min(SHORT)
+        };
         let status = match tokio::time::timeout(deadline, child.wait()).await {
             Ok(s) => s.status,
             Err(_) => {
@@ -240,6 +243,19 @@ impl Runtime for Command {
         self.call("update", id, &args, stdio, Capture::No).await.map(drop)
     }
 
+    async fn checkpoint(&self, id: &str, checkpoint: &Checkpoint) -> Result<()> {
+        let mut args = checkpoint_arguments(checkpoint);
+        args.push(id.into());
+        let args: Vec<&OsStr> = args.iter().map(OsString::as_os_str).collect();
+        let done = self.call("checkpoint", id, &args, Stdio::default(), Capture::No).await;
+        let Err(e) = done else { return Ok(()) };
+        let log = checkpoint.work.join("dump.log");
+        match message::criu_error(&read_capped_end(&log)) {
+            Some(words) => Err(e.with_kind(ErrorKind::FailedPrecondition).within(format!("criu says {words:?}"))),
+            None => Err(e),
+        }
+    }
+
     async fn features(&self) -> Result<Option<serde_json::Value>> {
         let out = self.run("features", &[], Stdio::default(), Capture::Stdout).await?;
         if out.status != ExitStatus::Code(0) {
@@ -258,6 +274,31 @@ impl Runtime for Command {
         let text = String::from_utf8_lossy(&stdout_of(out)?).into_owned();
         Ok(text.lines().next().and_then(|l| l.split_whitespace().last()).unwrap_or("unknown").to_string())
     }
+}
+
+fn checkpoint_arguments(c: &Checkpoint) -> Vec<OsString> {
+    let mut args: Vec<OsString> = Vec::new();
+    let mut pair = |name: &str, value: &OsStr| args.extend([name.into(), value.to_os_string()]);
+    pair("--image-path", c.image.as_os_str());
+    pair("--work-path", c.work.as_os_str());
+    if let Some(parent) = &c.parent {
+        pair("--parent-path", parent.as_os_str());
+    }
+    for namespace in &c.empty_namespaces {
+        pair("--empty-ns", OsStr::new(namespace));
+    }
+    if !c.cgroups_mode.is_empty() {
+        pair("--manage-cgroups-mode", OsStr::new(&c.cgroups_mode));
+    }
+    let flags = [
+        (!c.exit, "--leave-running"),
+        (c.open_tcp, "--tcp-established"),
+        (c.external_unix_sockets, "--ext-unix-sk"),
+        (c.terminal, "--shell-job"),
+        (c.file_locks, "--file-locks"),
+    ];
+    args.extend(flags.into_iter().filter(|(on, _)| *on).map(|(_, name)| name.into()));
+    args
 }
 
 /// A file in memory, as a place for output that is read when its writer has ended.
@@ -286,6 +327,17 @@ fn stdout_of(out: Output) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The last 64 KiB of a log that grows with the container.
+fn read_capped_end(path: &Path) -> String {
+    let mut bytes = Vec::new();
+    if let Ok(mut f) = File::open(path) {
+        let length = f.metadata().map_or(0, |m| m.len());
+        let _ = f.seek(SeekFrom::Start(length.saturating_sub(64 << 10)));
+        let _ = f.take(64 << 10).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// The first 64 KiB of a log; a runtime's words are never longer, a hostile
 /// configuration's may be.
 fn read_capped(path: &Path) -> String {
@@ -294,4 +346,29 @@ fn read_capped(path: &Path) -> String {
         let _ = f.take(64 << 10).read_to_end(&mut bytes);
     }
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_s_flags_follow_what_is_asked() {
+        let words = |c: &Checkpoint| {
+            let all: Vec<String> = checkpoint_arguments(c).iter().map(|a| a.to_string_lossy().into_owned()).collect();
+            all.join(" ")
+        };
+        let plain = Checkpoint { image: "/i".into(), work: "/w".into(), ..Checkpoint::default() };
+        assert_eq!(words(&plain), "--image-path /i --work-path /w --leave-running");
+        let all = Checkpoint {
+            parent: Some("/p".into()),
+            exit: true,
+            open_tcp: true,
+            empty_namespaces: vec!["network".into()],
+            cgroups_mode: "full".into(),
+            ..plain
+        };
+        let want = "--image-path /i --work-path /w --parent-path /p --empty-ns network --manage-cgroups-mode full";
+        assert_eq!(words(&all), format!("{want} --tcp-established"));
+    }
 }

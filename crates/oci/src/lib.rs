@@ -45,6 +45,32 @@ pub struct Launch {
     pub pid_file: PathBuf,
 }
 
+/// How a container's processes are written to disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The directory that gets the image.
+    pub image: PathBuf,
+    /// The directory of criu's own files; its log stays there.
+    pub work: PathBuf,
+    /// An earlier image that this one adds to.
+    pub parent: Option<PathBuf>,
+    /// End the container afterwards.
+    pub exit: bool,
+    /// Established TCP connections are allowed.
+    pub open_tcp: bool,
+    /// Unix sockets whose other end is outside are allowed.
+    pub external_unix_sockets: bool,
+    /// A terminal is allowed.
+    pub terminal: bool,
+    /// File locks are allowed.
+    pub file_locks: bool,
+    /// Namespaces that are made anew and not restored.
+    pub empty_namespaces: Vec<String>,
+    /// How cgroups are kept: `soft`, `full`, `strict`; the runtime's own choice
+    /// where it is empty.
+    pub cgroups_mode: String,
+}
+
 /// What the runtime itself says of a container.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
 pub struct State {
@@ -83,6 +109,9 @@ pub trait Runtime: Send + Sync {
     async fn resume(&self, id: &str) -> Result<()>;
     /// Changes its limits; `resources` is the OCI document's JSON.
     async fn update(&self, id: &str, resources: &[u8]) -> Result<()>;
+    /// Writes its processes to disk; `FailedPrecondition` where criu can't do it,
+    /// with criu's own last error.
+    async fn checkpoint(&self, id: &str, checkpoint: &Checkpoint) -> Result<()>;
     /// The runtime's features document, `None` where it is too old to have one.
     async fn features(&self) -> Result<Option<serde_json::Value>>;
     /// Its version as it prints it, first line's last word.

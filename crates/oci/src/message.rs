@@ -29,6 +29,13 @@ pub(crate) fn last_error(log: &str) -> Option<String> {
     plain
 }
 
+/// The last error in criu's log, without place and time.
+pub(crate) fn criu_error(log: &str) -> Option<String> {
+    let line = log.lines().rev().find(|l| l.contains("Error ("))?;
+    let text = line.split_once("): ").map_or(line, |(_, text)| text);
+    Some(text.trim().to_string())
+}
+
 /// The kind behind a message of runc, crun or youki.
 pub(crate) fn kind(message: &str) -> ErrorKind {
     const TABLE: [(&[&str], ErrorKind); 5] = [
@@ -71,6 +78,13 @@ pub(crate) fn kind(message: &str) -> ErrorKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn criu_s_last_error_is_found() {
+        let log = "(00.1) Warn  (x.c:1): w\n(00.2) Error (criu/vdso.c:613): vdso: no table\n(00.3) Dumping FAILED.\n";
+        assert_eq!(criu_error(log).as_deref(), Some("vdso: no table"));
+        assert_eq!(criu_error("(00.1) all is well"), None);
+    }
 
     #[test]
     fn the_last_error_of_a_json_log_is_taken() {

@@ -66,6 +66,7 @@ pub(crate) enum Msg {
     CloseStdin(Option<String>, Reply<()>),
     Update(Vec<u8>, Reply<()>),
     Pause(bool, Reply<()>),
+    Checkpoint(oci::Checkpoint, Reply<()>),
     Stats(Reply<prost_types::Any>),
     ReopenLog(Reply<()>),
     Certificate(Option<String>, Reply<Certificate>),
@@ -249,6 +250,7 @@ impl Owner {
             }
             Msg::Update(resources, reply) => self.update(resources, reply),
             Msg::Pause(on, reply) => self.pause(on, Some(reply)),
+            Msg::Checkpoint(wanted, reply) => self.checkpoint(wanted, reply),
             Msg::Stats(reply) => {
                 let _ = reply.send(Ok(crate::stats::stats(&self.cgroup)));
             }

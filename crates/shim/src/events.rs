@@ -42,6 +42,8 @@ pub enum Event {
     ExecAdded(wire::TaskExecAdded),
     /// /tasks/exec-started
     ExecStarted(wire::TaskExecStarted),
+    /// /tasks/checkpointed
+    Checkpointed(wire::TaskCheckpointed),
 }
 
 impl Event {
@@ -57,6 +59,7 @@ impl Event {
             Self::Resumed(m) => ("/tasks/resumed", "containerd.events.TaskResumed", m.encode_to_vec()),
             Self::ExecAdded(m) => ("/tasks/exec-added", "containerd.events.TaskExecAdded", m.encode_to_vec()),
             Self::ExecStarted(m) => ("/tasks/exec-started", "containerd.events.TaskExecStarted", m.encode_to_vec()),
+            Self::Checkpointed(m) => ("/tasks/checkpointed", "containerd.events.TaskCheckpointed", m.encode_to_vec()),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! service.rs, sandbox.rs, private.rs  ttrpc: validate, ask the owner, answer
 //! setup.rs                 Create, from request to owner
 //! container.rs             the owner: carries out what is decided
-//! exec.rs, control.rs      the rest of what is asked of it
+//! exec.rs, control.rs, checkpoint.rs  the rest of what is asked of it
 //! state.rs                 what may be done and what follows (pure)
 //! streams.rs               URIs to descriptors, through `stdio`
 //! cgroup.rs oom.rs stats.rs  the container's cgroups
@@ -18,6 +18,7 @@
 
 pub mod bootstrap;
 mod cgroup;
+mod checkpoint;
 mod container;
 mod control;
 mod delete;

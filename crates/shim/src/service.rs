@@ -169,8 +169,8 @@ impl Task for Tasks {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, req: task::CheckpointTaskRequest) -> ttrpc::Result<()> {
-        let text = format!("container {}: checkpoints are not served by this shim", req.id);
-        Err(wire::error(Error::unimplemented(text)))
+        let wanted = crate::checkpoint::wanted(&req).map_err(wire::error)?;
+        self.shared.ask(&req.id, |r| Msg::Checkpoint(wanted, r)).await.map_err(wire::error)
     }
 
     async fn connect(&self, _: &TtrpcContext, req: task::ConnectRequest) -> ttrpc::Result<task::ConnectResponse> {

@@ -56,6 +56,7 @@ impl Events for Recorder {
             }
             "/tasks/paused" => (ev::TaskPaused::decode(v).unwrap().container_id, String::new(), 0),
             "/tasks/resumed" => (ev::TaskResumed::decode(v).unwrap().container_id, String::new(), 0),
+            "/tasks/checkpointed" => (ev::TaskCheckpointed::decode(v).unwrap().container_id, String::new(), 0),
             other => panic!("unknown topic {other}"),
         };
         self.seen.lock().unwrap().push((e.topic, id, exec, code));
