@@ -165,6 +165,71 @@ async fn memory_per_pod(cri: &Cri, shims: impl Fn() -> Vec<u32>) -> (f64, f64) {
     (each(shim), each(shim + pause))
 }
 
+/// Milliseconds that `timeout: 1` on `sleep 60` takes, the longest of three.
+async fn exec_timeout(cri: &Cri, id: &str) -> f64 {
+    let mut longest: f64 = 0.0;
+    for _ in 0..3 {
+        let began = Instant::now();
+        let e = cri.exec(id, &["/bin/sleep", "60"], 1).await.unwrap_err();
+        assert_eq!(e.code(), tonic::Code::DeadlineExceeded, "{e}");
+        longest = longest.max(began.elapsed().as_secs_f64() * 1000.0);
+    }
+    longest
+}
+
+/// Milliseconds that ContainerStatus of `bystander` takes, sorted, while 200 execs
+/// at once run in `id`, again and again until there are 300 of them.
+async fn status_beside_execs(cri: &Cri, id: &str, bystander: &str) -> Vec<f64> {
+    let mut took = Vec::new();
+    while took.len() < 300 {
+        let execs: Vec<_> = (0..200)
+            .map(|_| {
+                let (cri, id) = (cri.clone(), id.to_string());
+                tokio::spawn(async move { cri.exec(&id, &["/bin/true"], 0).await.map(|answer| answer.exit_code) })
+            })
+            .collect();
+        while !execs.iter().all(tokio::task::JoinHandle::is_finished) {
+            let began = Instant::now();
+            cri.status(bystander).await.unwrap();
+            took.push(began.elapsed().as_secs_f64() * 1000.0);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        for exec in execs {
+            assert_eq!(exec.await.unwrap().unwrap(), 0);
+        }
+    }
+    took.sort_by(f64::total_cmp);
+    took
+}
+
+/// Limits that are ours alone, in milliseconds.
+async fn own_limits(cri: &Cri, failures: &mut Vec<String>) {
+    let (one, other) = (pod("limits-1"), pod("limits-2"));
+    let pods = [cri.run_pod(&one).await.unwrap(), cri.run_pod(&other).await.unwrap()];
+    let sleeper = container("main", IMAGE, &["/bin/sleep", "1000"]);
+    let id = cri.run(&pods[0], &sleeper, &one).await.unwrap();
+    let bystander = cri.run(&pods[1], &sleeper, &other).await.unwrap();
+    let timeout = exec_timeout(cri, &id).await;
+    let status = status_beside_execs(cri, &id, &bystander).await;
+    for pod in &pods {
+        cri.stop_pod(pod).await.unwrap();
+        cri.remove_pod(pod).await.unwrap();
+    }
+    let longest = percentile(&status, 1.0);
+    println!("\nExecSync with a timeout of 1 s: {timeout:.0} ms at most");
+    println!(
+        "ContainerStatus beside 200 execs at once, n = {}: p50 {:.1}, p99 {:.1}, at most {longest:.1} ms",
+        status.len(),
+        percentile(&status, 0.5),
+        percentile(&status, 0.99)
+    );
+    for (what, ms, limit) in [("an exec's timeout of 1 s", timeout, 1500.0), ("ContainerStatus", longest, 100.0)] {
+        if ms > limit * 1.1 {
+            failures.push(format!("{what} takes {ms:.0} ms, at most {limit} are allowed"));
+        }
+    }
+}
+
 fn peers_shims(socket: &Path) -> Vec<u32> {
     let socket = socket.to_string_lossy().into_owned();
     let names = std::fs::read_dir("/proc").unwrap().flatten();
@@ -218,6 +283,7 @@ async fn run() -> ExitCode {
     drop(peer);
 
     let mut failures = Vec::new();
+    own_limits(&a, &mut failures).await;
     println!("\nlongshore against containerd 1.6 + runc, {rounds} rounds each, interleaved; ms (ratio)\n");
     println!("{:<18} {:>24} {:>24} {:>24}", "", "p50", "p90", "p99");
     for step in STEPS {

@@ -1,5 +1,6 @@
 //! Attacks that must fail (the project's security cases), on the real thing: what
 //! only a running container can show. The parts' own tests have the others.
+#![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{Cri, Daemon, busybox, container, pod};
 use proto::cri::*;
