@@ -115,10 +115,8 @@ impl ShimManager {
     /// shims' sockets, where they are empty.
     pub fn release(&self, containers: &str) {
         for dir in OUR_SOCKETS {
-            // Not empty is the usual reason: another daemon's shims, or this one's.
-            if std::fs::remove_dir(dir).is_err() {
-                break;
-            }
+            // One that is not there, or not empty: its shims are still up, or others'.
+            let _ = std::fs::remove_dir(dir);
         }
         cgroup::release(containers);
         if let Some(cgroup) = &self.inner.cfg.shim_cgroup {
