@@ -3,6 +3,7 @@
 //! up its own pump and nothing else.
 
 use crate::watch::watch;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 use std::io;
@@ -64,23 +65,16 @@ impl Pump {
         }
     }
 
-    /// After EAGAIN nobody says which side it was: wait for the source, then for
-    /// the target.
+    /// After EAGAIN nobody says which side it was: a source that has bytes means
+    /// that the target was full, or that they have come since.
     async fn wait_for_either(&self) -> Result<(), Errno> {
-        let readable = poll(self.from.get_ref(), rustix::event::PollFlags::IN);
-        if readable {
-            self.to.writable().await.map_err(|_| Errno::IO)?.clear_ready();
-            // The edge may have come between the splice and the clearing.
-            if !poll(self.to.get_ref(), rustix::event::PollFlags::OUT) {
-                let _ = self.to.writable().await.map_err(|_| Errno::IO)?;
-            }
+        let (source, target) = (self.from.get_ref(), self.to.get_ref());
+        let waited = if poll(source, PollFlags::IN) {
+            self.to.async_io(Interest::WRITABLE, |_| ready(target, PollFlags::OUT)).await
         } else {
-            self.from.readable().await.map_err(|_| Errno::IO)?.clear_ready();
-            if !poll(self.from.get_ref(), rustix::event::PollFlags::IN) {
-                let _ = self.from.readable().await.map_err(|_| Errno::IO)?;
-            }
-        }
-        Ok(())
+            self.from.async_io(Interest::READABLE, |_| ready(source, PollFlags::IN)).await
+        };
+        waited.map_err(|_| Errno::IO)
     }
 
     async fn copy_all(&self, total: &mut u64) -> io::Result<()> {
@@ -109,10 +103,17 @@ impl Pump {
 }
 
 /// Whether a descriptor is ready now; an end or an error counts as ready.
-fn poll(fd: impl AsFd, what: rustix::event::PollFlags) -> bool {
-    let mut fds = [rustix::event::PollFd::new(&fd, what)];
-    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+fn poll(fd: impl AsFd, what: PollFlags) -> bool {
+    let mut fds = [PollFd::new(&fd, what)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(n) if n > 0)
+}
+
+/// For `async_io`, which forgets a descriptor's readiness only when this says no:
+/// the reactor tells edges, so what is forgotten while the descriptor is ready is
+/// never told again.
+fn ready(fd: impl AsFd, what: PollFlags) -> io::Result<()> {
+    if poll(fd, what) { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
 }
 
 #[cfg(test)]
@@ -142,6 +143,20 @@ mod tests {
         let all = reader.join().unwrap();
         assert_eq!(n, 4000 * 256);
         assert!(all.chunks(256).enumerate().all(|(i, c)| c == [(i as u32).to_le_bytes(); 64].concat()));
+    }
+
+    /// The source is empty when splice looks and has a byte when poll does: then it
+    /// is the target's turn, which is and was ready, and no edge of it will come.
+    #[tokio::test]
+    async fn waiting_for_what_is_ready_ends_each_time() {
+        let (r1, w1) = crate::fifo::pipe().unwrap();
+        let (_r2, w2) = crate::fifo::pipe().unwrap();
+        File::from(w1.try_clone().unwrap()).write_all(b"x").unwrap();
+        let pump = Pump::new(r1, w2).unwrap();
+        for _ in 0..3 {
+            let waited = tokio::time::timeout(std::time::Duration::from_secs(10), pump.wait_for_either()).await;
+            waited.expect("the target is ready").unwrap();
+        }
     }
 
     #[tokio::test]
