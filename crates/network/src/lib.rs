@@ -1,8 +1,15 @@
 //! A pod's network namespace and what is in it.
 //!
-//! So far: where the namespaces are pinned ([`NetnsDir`]). A new one has `lo` up
-//! (`sys::namespace` does that while it makes it) and nothing else.
+//! ```text
+//! netns.rs   where the namespaces are pinned
+//! types.rs   what a pod asks of its network and what it gets
+//! ```
+//!
+//! A new namespace has `lo` up (`sys::namespace` does that while it makes it) and
+//! nothing else.
 
 mod netns;
+mod types;
 
+pub use self::types::{AttachRequest, Attachment, Bandwidth, Dns, INTERFACE, Mac, Net, PortMapping, Protocol};
 pub use netns::NetnsDir;

@@ -7,9 +7,9 @@
 //!   whatever                       somebody else's
 //! ```
 
+use ::types::{Result, ResultExt};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::path::{Path, PathBuf};
-use types::{Result, ResultExt};
 
 /// So many digits of the pod's id are in the name: 64 random bits.
 const DIGITS: usize = 16;
@@ -132,7 +132,10 @@ mod tests {
         assert_eq!(pinned, root.path().join("netns/longshore-0123456789abcdef"));
         let own = sys::namespace::inode(Path::new("/proc/self/ns/net")).unwrap();
         assert_eq!(sys::namespace::inode(&pinned).unwrap(), own);
-        assert_eq!(netns.pin(pod, Path::new("/proc/self/ns/net")).unwrap_err().kind(), types::ErrorKind::AlreadyExists);
+        assert_eq!(
+            netns.pin(pod, Path::new("/proc/self/ns/net")).unwrap_err().kind(),
+            ::types::ErrorKind::AlreadyExists
+        );
         netns.release().unwrap();
         assert!(pinned.exists(), "a directory in use is left alone");
         netns.unpin(pod).unwrap();
