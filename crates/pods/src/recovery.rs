@@ -298,7 +298,7 @@ async fn sweep(shared: &Arc<Shared>, stored: &[Stored], aside: &Aside) {
     let mut errors: Vec<Error> = shared.sandboxes.sweep(&pods).await;
     match shared.snapshots.list().await {
         Ok(keys) => {
-            for key in keys.iter().filter(|k| !containers.contains(*k)) {
+            for key in keys.iter().filter(|k| !containers.contains(crate::ops::container_of(k))) {
                 errors.extend(shared.snapshots.remove(key).await.err());
             }
         }

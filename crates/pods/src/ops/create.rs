@@ -6,8 +6,8 @@
 //! <state>/stdin/<id>                    the FIFO of stdin, where asked for
 //! ```
 
-use super::PodContext;
 use super::run_pod::nanos;
+use super::{PodContext, image_mounts};
 use crate::facts::{self, LayeredRoot};
 use crate::journal::Write;
 use crate::sandbox::{ContainerPid, container_pid};
@@ -29,21 +29,22 @@ use types::{Error, Result, ResultExt};
 /// can't be, else that of the step that failed.
 pub async fn create(ctx: PodContext, id: String, config: ContainerConfig) -> Result<Box<ContainerInfo>> {
     let name = config.metadata.as_ref().map(|m| m.name.clone()).unwrap_or_default();
+    let config = Arc::new(config);
     let timelines = &ctx.shared.timelines;
-    let built = timelines.timed(&ctx.pod.id, "CreateContainer", "", &name, build(&ctx, &id, config)).await;
+    let built = timelines.timed(&ctx.pod.id, "CreateContainer", "", &name, build(&ctx, &id, config.clone())).await;
     match built {
         Ok(info) => Ok(Box::new(info)),
         Err(e) => {
             let mut errors = vec![e];
-            errors.extend(undo(&ctx, &id).await);
+            errors.extend(undo(&ctx, &id, &config).await);
             let context = format!("create container {name} in pod {}", ctx.pod.name());
             Err(Error::join(&context, errors).err().unwrap_or_else(|| Error::internal(context)))
         }
     }
 }
 
-async fn undo(ctx: &PodContext, id: &str) -> Vec<Error> {
-    let mut errors = Vec::new();
+async fn undo(ctx: &PodContext, id: &str, config: &ContainerConfig) -> Vec<Error> {
+    let mut errors = image_mounts::release(ctx, id, config).await;
     errors.extend(ctx.shared.bounded("removing the snapshot", ctx.shared.snapshots.remove(id)).await.err());
     for dir in [ctx.shared.container_dir(id), stdin_path(ctx, id)] {
         let removed = match tokio::fs::symlink_metadata(&dir).await {
@@ -72,7 +73,7 @@ fn find_image(ctx: &PodContext, config: &ContainerConfig) -> Result<Arc<Image>> 
         .ok_or_else(|| Error::not_found(format!("image {name:?} is not on this node")).hint("pull or import it first"))
 }
 
-async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<ContainerInfo> {
+async fn build(ctx: &PodContext, id: &str, config: Arc<ContainerConfig>) -> Result<ContainerInfo> {
     const OP: &str = "CreateContainer";
     let (shared, pod) = (&ctx.shared, &ctx.pod);
     let name = config.metadata.as_ref().map(|m| m.name.clone()).unwrap_or_default();
@@ -108,13 +109,13 @@ async fn build(ctx: &PodContext, id: &str, config: ContainerConfig) -> Result<Co
             resources: config.linux.as_ref().and_then(|l| l.resources.clone()),
             warnings: made.warnings,
         },
-        config: Arc::new(config),
+        config,
     };
     shared.timelines.timed(&pod.id, OP, "store", &name, save(ctx, &info)).await?;
     Ok(info)
 }
 
-fn snapshot_idmap(maps: &spec::IdMaps) -> snapshots::IdMap {
+pub(super) fn snapshot_idmap(maps: &spec::IdMaps) -> snapshots::IdMap {
     let ranges = |map: &[spec::IdMap]| {
         map.iter().map(|m| snapshots::IdRange { container: m.container, host: m.host, size: m.length }).collect()
     };
@@ -148,6 +149,7 @@ async fn make_spec(
     })
     .await
     .context(|| "look at the image's users".into())??;
+    let image_mounts = image_mounts::prepare(ctx, id, config).await?;
     let pid = container_pid(&pod.state.sandbox.plan, sc.namespace_options.as_ref())?;
     let pid = pid_mode(ctx, id, pid).await?;
     let image_name = config.image.as_ref().map(|i| i.image.as_str()).unwrap_or_default();
@@ -164,8 +166,7 @@ async fn make_spec(
         host: &host,
         namespaces: &pod.state.sandbox.namespaces_with(pid),
         files: &pod.state.sandbox.files(),
-        // Images as volumes are not served yet: `spec` refuses a mount that has one.
-        image_mounts: &BTreeMap::new(),
+        image_mounts: &image_mounts,
         // A VOLUME is a directory of the container's own snapshot, as CRI-O's
         // `mkdir`: nothing is copied, so nothing can be copied from the host
         // (CVE-2022-23648).

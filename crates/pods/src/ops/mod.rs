@@ -4,6 +4,7 @@
 //! owner, which alone changes states.
 
 mod create;
+mod image_mounts;
 mod remove;
 mod run_pod;
 mod start;
@@ -11,6 +12,7 @@ mod stop;
 mod update;
 
 pub use create::create;
+pub use image_mounts::container_of;
 pub use remove::{remove, remove_pod};
 pub use run_pod::{NewPod, run_pod};
 pub use start::start;

@@ -1,6 +1,6 @@
 //! The removal of dead containers and stopped pods.
 
-use super::PodContext;
+use super::{PodContext, image_mounts};
 use crate::state::ContainerInfo;
 use types::{Error, Result, ResultExt};
 
@@ -13,6 +13,7 @@ pub async fn remove(ctx: &PodContext, info: &ContainerInfo) -> Result<()> {
     let mut errors = Vec::new();
     errors.extend(shared.bounded("deleting the task", shared.runtime.delete_task(&ctx.pod.id, id)).await.err());
     errors.extend(shared.bounded("removing the snapshot", shared.snapshots.remove(id)).await.err());
+    errors.extend(image_mounts::release(ctx, id, &info.config).await);
     errors.extend(remove_dir(&shared.container_dir(id)).await.err());
     errors.extend(shared.sandboxes.unpin_target(&ctx.pod.id, id).await.err());
     if let Some(stdin) = &info.record.stdin {
