@@ -2,6 +2,7 @@
 
 use ::types::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -124,6 +125,13 @@ impl FromStr for Net {
     }
 }
 
+impl From<IpAddr> for Net {
+    /// The address alone, with the longest prefix.
+    fn from(address: IpAddr) -> Self {
+        Self { address, prefix: if address.is_ipv4() { 32 } else { 128 } }
+    }
+}
+
 impl Serialize for Net {
     fn serialize<S: serde::Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
         s.collect_str(self)
@@ -162,8 +170,9 @@ pub struct AttachRequest {
     pub netns: PathBuf,
     /// Ports of the node that lead to it.
     pub ports: Vec<PortMapping>,
-    /// Addresses that it must get; none leaves the choice to the network.
-    pub static_ips: Vec<IpAddr>,
+    /// Addresses that it must get; none leaves the choice to the network. The length
+    /// of the prefix counts only where the network has none of its own.
+    pub static_ips: Vec<Net>,
     /// The hardware address that it must get.
     pub mac: Option<Mac>,
     /// Its limits of traffic.
@@ -172,8 +181,10 @@ pub struct AttachRequest {
     pub dns: Option<Dns>,
     /// Its cgroup, relative to a hierarchy's root; empty where it has none.
     pub cgroup: String,
-    /// Devices that were given to it, by CNI's capability `deviceID`.
+    /// The device that it was given, by CNI's capability `deviceID`.
     pub device_id: Option<String>,
+    /// The pod's annotations, for plugins that ask for them.
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// What a pod has got from its network; stored with it.
