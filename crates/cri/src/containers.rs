@@ -72,7 +72,7 @@ impl Cri {
         Ok(json!({
             "sandboxID": c.pod_id,
             "pid": running_pid(c).unwrap_or(0),
-            "shimPid": state.process.as_ref().map_or(0, |p| p.pid),
+            "shimPid": state.process.as_ref().and_then(|p| p.shim_pid()).unwrap_or(0),
             "runtimeHandler": state.handler,
             "snapshotKey": c.id,
             "stdin": c.record.stdin,

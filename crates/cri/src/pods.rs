@@ -95,7 +95,7 @@ fn verbose(view: &PodView) -> serde_json::Value {
     json!({
         "pid": state.init_pid,
         "processStatus": if state.phase == PodPhase::Ready { "running" } else { "stopped" },
-        "shimPid": state.process.as_ref().map_or(0, |p| p.pid),
+        "shimPid": state.process.as_ref().and_then(|p| p.shim_pid()).unwrap_or(0),
         "runtimeHandler": state.handler,
         "sandbox": state.sandbox,
         "config": &*view.pod.config,

@@ -6,12 +6,17 @@
 //!   message.rs     what such a binary's own words mean
 //! children.rs      whose process is whose: the one reaper of a shim or monitor
 //! detect.rs        which runtime this node has, and why others are passed over
+//! mounts.rs idmap.rs  the root file system's mounts in a bundle
+//! cgroup.rs        where a container's cgroups are, and what they tell
 //! ```
 
+pub mod cgroup;
 mod children;
 mod command;
 mod detect;
+pub mod idmap;
 mod message;
+pub mod mounts;
 
 pub use children::{Call, Child, Children, Claim, Status};
 pub use command::{Command, Config};

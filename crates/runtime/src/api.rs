@@ -22,11 +22,30 @@ pub struct PodSpec {
 
 /// What runs a pod, once it has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PodProcess {
-    /// The shim's pid in the daemon's pid namespace.
-    pub pid: u32,
-    /// True for a shim with our private service (cri:// logs, certificates).
-    pub own: bool,
+#[serde(untagged)]
+pub enum PodProcess {
+    /// One process for all of its containers.
+    Shim {
+        /// The shim's pid in the daemon's pid namespace.
+        pid: u32,
+        /// True for a shim with our private service (cri:// logs, certificates).
+        own: bool,
+    },
+    /// None of the pod's own: each container has a monitor.
+    Monitors {
+        /// The monitors' binary.
+        monitor: PathBuf,
+    },
+}
+
+impl PodProcess {
+    /// The pid of the pod's shim, where it has one.
+    pub fn shim_pid(&self) -> Option<u32> {
+        match self {
+            Self::Shim { pid, .. } => Some(*pid),
+            Self::Monitors { .. } => None,
+        }
+    }
 }
 
 /// One mount of a container's root file system, as `mount(8)` would be told.
@@ -143,7 +162,7 @@ pub struct RecoverPod {
 pub struct RecoveredPod {
     /// The pod's id.
     pub id: String,
-    /// Its shim, where it still lives.
+    /// What runs it; `None` where its shim has died.
     pub process: Option<PodProcess>,
     /// Each asked container: its state now. A container of a dead shim has been
     /// killed and cleaned up and is `Stopped`; `None` means that no task exists.
@@ -154,7 +173,8 @@ pub struct RecoveredPod {
 /// and then goes on inside to its end.
 #[async_trait]
 pub trait Runtime: Send + Sync + 'static {
-    /// Makes the pod's bundle and starts its shim. A pod that has one gets it.
+    /// Makes the pod's bundle and starts its shim, where the backend has shims. A pod
+    /// that has one gets it.
     async fn start_pod(&self, pod: &PodSpec) -> Result<PodProcess>;
 
     /// Shuts the shim down, awaits its end and removes the bundle, whatever state

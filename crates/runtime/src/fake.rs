@@ -226,7 +226,7 @@ fn ensure(s: &mut State, pod: &str) -> PodProcess {
     s.next_pid += 1;
     let fresh = s.next_pid;
     let entry = s.pods.entry(pod.to_string()).or_insert(Pod { pid: None, tasks: BTreeMap::new() });
-    PodProcess { pid: *entry.pid.get_or_insert(fresh), own: true }
+    PodProcess::Shim { pid: *entry.pid.get_or_insert(fresh), own: true }
 }
 
 #[async_trait]
@@ -397,7 +397,7 @@ impl Runtime for FakeRuntime {
             let state = |c: &String| (c.clone(), found.and_then(|f| f.tasks.get(c).cloned()));
             Ok(RecoveredPod {
                 id: p.spec.id.clone(),
-                process: found.and_then(|f| f.pid).map(|pid| PodProcess { pid, own: true }),
+                process: found.and_then(|f| f.pid).map(|pid| PodProcess::Shim { pid, own: true }),
                 containers: p.containers.iter().map(state).collect(),
             })
         };

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Kind, Node, alive, eventually, kill_9};
-use longshore_runtime::{RecoverPod, Runtime, RuntimeEvent, TaskState};
+use longshore_runtime::{PodProcess, RecoverPod, Runtime, RuntimeEvent, TaskState};
 use std::time::{Duration, Instant};
 use types::{ErrorKind, ExitStatus, Signal};
 
@@ -14,11 +14,11 @@ fn a_pod_runs(kind: Kind) {
     let m = node.m().clone();
     let pod = node.pod("pod1");
     let first = node.run(m.start_pod(&pod)).unwrap();
-    assert_eq!(first.own, kind == Kind::Ours);
+    assert_eq!(matches!(first, PodProcess::Shim { own: true, .. }), kind == Kind::Ours);
     assert_eq!(node.run(m.start_pod(&pod)).unwrap(), first, "one shim for the whole life of a pod");
-    assert_eq!(m.shim_pid("pod1"), Some(first.pid));
+    assert_eq!(m.shim_pid("pod1"), first.shim_pid());
     eventually("the shim has a cgroup of the runtime's", || {
-        let cgroups = std::fs::read_to_string(format!("/proc/{}/cgroup", first.pid)).unwrap();
+        let cgroups = std::fs::read_to_string(format!("/proc/{}/cgroup", first.shim_pid().unwrap())).unwrap();
         cgroups.lines().all(|l| l.ends_with("/shims"))
     });
 
@@ -51,15 +51,15 @@ fn a_pod_runs(kind: Kind) {
     let end = node.exit_of("c2");
     assert_eq!((end.status, end.killed_by.as_deref()), (ExitStatus::Signal(9), Some("a test")));
     node.run(m.kill_task("pod1", "c2", Signal::TERM, false, "late")).unwrap();
-    assert_eq!(m.shim_pid("pod1"), Some(first.pid));
-    assert!(alive(first.pid));
+    assert_eq!(m.shim_pid("pod1"), first.shim_pid());
+    assert!(alive(first.shim_pid().unwrap()));
 
     // One is dead and one runs when the pod is stopped.
     let pid = node.launch("pod1", "c3", &["/bin/sleep", "1000"]);
     node.run(m.stop_pod("pod1")).unwrap();
     node.run(m.stop_pod("pod1")).unwrap();
     assert_eq!(node.exit_of("c3").status, ExitStatus::Signal(9));
-    assert!(!alive(pid) && !alive(first.pid));
+    assert!(!alive(pid) && !alive(first.shim_pid().unwrap()));
     node.no_event();
     assert_eq!(node.run(m.task_state("pod1", "c3")).unwrap_err().kind(), ErrorKind::NotFound);
     assert!(m.waiting().is_empty());
@@ -102,7 +102,7 @@ fn a_dead_shim_is_buried_and_replaced(kind: Kind) {
     let (a, b) = (node.launch("pod1", "a", &["/bin/sleep", "1000"]), node.launch("pod1", "b", &["/bin/sleep", "1000"]));
     node.launch("pod1", "done", &["/bin/sh", "-c", "exit 3"]);
     let done = node.exit_of("done");
-    kill_9(first.pid);
+    kill_9(first.shim_pid().unwrap());
     for _ in 0..2 {
         match node.event() {
             RuntimeEvent::Exited { container, certificate, .. } => {
@@ -121,7 +121,7 @@ fn a_dead_shim_is_buried_and_replaced(kind: Kind) {
     }
     node.launch("pod1", "a", &["/bin/sh", "-c", "exit 4"]);
     let second = m.shim_pid("pod1").unwrap();
-    assert_ne!(first.pid, second);
+    assert_ne!(first.shim_pid().unwrap(), second);
     assert_eq!(node.exit_of("a").status, ExitStatus::Code(4));
     // And once more, with stop straight after the kill.
     node.launch("pod1", "c", &["/bin/sleep", "1000"]);
@@ -149,8 +149,8 @@ fn a_dead_daemon_harms_nobody(kind: Kind) {
 
     node.die();
     std::thread::sleep(Duration::from_millis(700));
-    assert!(alive(lives) && alive(shim.pid));
-    kill_9(other.pid);
+    assert!(alive(lives) && alive(shim.shim_pid().unwrap()));
+    kill_9(other.shim_pid().unwrap());
     // A daemon that died before its Create.
     let halves = ["pod1", "pod2"].map(|pod| node.bundle(pod).join("tasks/half"));
     halves.iter().for_each(|half| std::fs::create_dir_all(half.join("rootfs")).unwrap());
@@ -180,7 +180,7 @@ fn a_dead_daemon_harms_nobody(kind: Kind) {
     assert!(halves.iter().all(|half| !half.exists()));
     let pod4 = found.next().unwrap();
     assert_eq!((pod4.process, &pod4.containers[0].1), (None, &None));
-    eventually("a pod that nobody knows is gone", || !alive(strange) && !alive(stranger.pid));
+    eventually("a pod that nobody knows is gone", || !alive(strange) && !alive(stranger.shim_pid().unwrap()));
 
     eventually("the old daemon's exec is killed", || {
         let pids = node.run(m.pids("pod1", "lives")).unwrap();
@@ -228,7 +228,7 @@ fn a_shim_that_hangs_harms_its_own_pod_only(kind: Kind) {
     node.timeouts.load = Duration::from_secs(1);
     let shim = node.run(node.m().start_pod(&node.pod("pod1"))).unwrap();
     let pid = node.launch("pod1", "c1", &["/bin/sleep", "1000"]);
-    common::signal(shim.pid, rustix::process::Signal::STOP);
+    common::signal(shim.shim_pid().unwrap(), rustix::process::Signal::STOP);
     let m = node.m().clone();
     let began = Instant::now();
     let e = node.run(m.task_state("pod1", "c1")).unwrap_err();
@@ -249,15 +249,15 @@ fn a_shim_that_hangs_harms_its_own_pod_only(kind: Kind) {
     let found = node.run(m.recover(asked.clone()));
     assert_eq!(found[0].as_ref().unwrap_err().kind(), ErrorKind::DeadlineExceeded);
     assert!(found[1].as_ref().unwrap().process.is_some());
-    common::signal(shim.pid, rustix::process::Signal::CONT);
+    common::signal(shim.shim_pid().unwrap(), rustix::process::Signal::CONT);
     assert_eq!(node.run(m.task_state("pod1", "c1")).unwrap(), TaskState::Running { pid });
     node.run(m.kill_task("pod1", "c1", Signal::KILL, false, "a test")).unwrap();
     assert_eq!(node.exit_of("c1").status, ExitStatus::Signal(9));
     // One that hangs for good is stopped all the same.
     let pid = node.launch("pod1", "c3", &["/bin/sleep", "1000"]);
-    common::signal(shim.pid, rustix::process::Signal::STOP);
+    common::signal(shim.shim_pid().unwrap(), rustix::process::Signal::STOP);
     node.run(m.stop_pod("pod1")).unwrap();
-    assert!(!alive(pid) && !alive(shim.pid));
+    assert!(!alive(pid) && !alive(shim.shim_pid().unwrap()));
     node.run(m.stop_pod("pod2")).unwrap();
     node.assert_clean();
 }

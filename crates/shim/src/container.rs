@@ -8,13 +8,13 @@
 //! It never awaits anything but its next message, so nothing holds up State or
 //! Kill. What may be done is decided by `state.rs`; the owner carries it out.
 
-use crate::cgroup::Cgroup;
 use crate::events::Event;
 use crate::persist::TaskRecord;
 use crate::shared::Shared;
 use crate::state::{Action, Machine, View};
 use crate::streams::{Habits, Io, Wanted};
 use crate::{log, oom, persist, wire};
+use oci::cgroup::Cgroup;
 use oci::{Child, Command, Runtime, Status};
 use proto::containerd::events as ev;
 use std::collections::HashMap;

@@ -48,7 +48,7 @@ impl Owner {
             errors.extend(deleted.err().filter(|e| !e.is_not_found()));
             // It may sync a file system; that must hold up nobody else.
             if mounts > 0 {
-                let done = tokio::task::spawn_blocking(move || crate::mounts::unmount_rootfs(&rootfs, mounts)).await;
+                let done = tokio::task::spawn_blocking(move || oci::mounts::unmount_rootfs(&rootfs, mounts)).await;
                 errors.extend(done.ok().and_then(Result::err));
             }
             let _ = tx.send(Msg::Deleted(Error::join("delete", errors)));

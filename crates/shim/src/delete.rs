@@ -1,8 +1,8 @@
 //! Cleaning up after a shim that is gone: what the `delete` command does.
 
 use crate::persist::{self, TaskRecord};
-use crate::{log, mounts, wire};
-use oci::{Children, Command, Config, Runtime};
+use crate::{log, wire};
+use oci::{Children, Command, Config, Runtime, mounts};
 use prost::Message;
 use proto::containerd::task::v3::DeleteResponse;
 use std::path::Path;
@@ -48,6 +48,6 @@ async fn clean(id: &str, bundle: &Path, record: &TaskRecord, errors: &mut Vec<Er
         Err(e) if !e.is_not_found() => errors.push(e),
         _ => {}
     }
-    errors.extend(crate::idmap::forget(bundle).err());
+    errors.extend(oci::idmap::forget(bundle).err());
     errors.extend(mounts::unmount_rootfs(&bundle.join("rootfs"), record.rootfs_mounts).err());
 }

@@ -7,9 +7,8 @@
 //! exec.rs, control.rs, checkpoint.rs  the rest of what is asked of it
 //! state.rs                 what may be done and what follows (pure)
 //! streams.rs               URIs to descriptors, through `stdio`
-//! cgroup.rs oom.rs stats.rs  the container's cgroups
+//! oom.rs stats.rs          the container's cgroups
 //! events.rs                to the caller, in order
-//! mounts.rs idmap.rs       the root file system's mounts
 //! persist.rs               what outlives the shim, in the bundle
 //! options.rs info.rs       the caller's options; what this runtime can
 //! bootstrap.rs             what `start` is told and answers; groups
@@ -17,17 +16,14 @@
 //! ```
 
 pub mod bootstrap;
-mod cgroup;
 mod checkpoint;
 mod container;
 mod control;
 mod delete;
 mod events;
 mod exec;
-mod idmap;
 mod info;
 pub mod log;
-mod mounts;
 mod oom;
 mod options;
 pub mod persist;
@@ -44,8 +40,8 @@ mod streams;
 mod wire;
 
 pub use delete::delete;
-pub use idmap::short_name;
 pub use info::runtime_info;
+pub use oci::idmap::short_name;
 pub use serve::serve;
 pub use service::decode_delete;
 pub use shared::Settings;

@@ -1,7 +1,7 @@
 //! The kernel's word that the OOM killer struck: an eventfd on v1, inotify on
 //! v2. Watched from create on; nothing polls.
 
-use crate::cgroup::Cgroup;
+use oci::cgroup::Cgroup;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::inotify;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -1,13 +1,13 @@
 //! Create: from a request to a container with an owner, or to nothing at all.
 
-use crate::cgroup::Cgroup;
 use crate::container::{Owner, Process};
 use crate::events::Event;
 use crate::persist::{self, TaskRecord};
 use crate::shared::Shared;
 use crate::streams::{self, Habits, Io, Wanted};
-use crate::{log, mounts, options, wire};
-use oci::{Child, Command, Config, Launch, Runtime};
+use crate::{log, options, wire};
+use oci::cgroup::Cgroup;
+use oci::{Child, Command, Config, Launch, Runtime, mounts};
 use proto::containerd::events::{TaskCreate, TaskIo};
 use proto::containerd::runc::v1::Options;
 use proto::containerd::task::v3::CreateTaskRequest;
@@ -156,10 +156,13 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
 
 /// Mounts the root file system, on another thread where that takes a process.
 async fn mount(rootfs: &Path, mounts: &[Mount]) -> Result<()> {
-    if !mounts::are_mapped(mounts) {
-        return mounts::mount_rootfs(rootfs, mounts);
+    let one =
+        |m: &Mount| mounts::Mount { kind: m.r#type.clone(), source: m.source.clone(), options: m.options.clone() };
+    let mounts: Vec<mounts::Mount> = mounts.iter().map(one).collect();
+    if !mounts::are_mapped(&mounts) {
+        return mounts::mount_rootfs(rootfs, &mounts);
     }
-    let (rootfs, mounts) = (rootfs.to_path_buf(), mounts.to_vec());
+    let rootfs = rootfs.to_path_buf();
     let mounted = tokio::task::spawn_blocking(move || mounts::mount_rootfs(&rootfs, &mounts)).await;
     mounted.unwrap_or_else(|e| Err(Error::internal("mount the root file system").because(e)))
 }

@@ -1,6 +1,6 @@
 //! A container's figures, as containerd's cgroup metrics of v1 or v2.
 
-use crate::cgroup::{Cgroup, field, number};
+use oci::cgroup::{Cgroup, field, number};
 use prost_types::Any;
 use proto::cgroups::{v1, v2};
 use std::path::Path;

@@ -201,7 +201,7 @@ impl Inner {
     pub(super) async fn start_pod(self: &Arc<Self>, spec: &PodSpec) -> Result<PodProcess> {
         let pod = self.find_or_insert(&spec.id);
         match pod.ensure(self, Some(spec)).await {
-            Ok(shim) => Ok(PodProcess { pid: shim.pid, own: shim.own() }),
+            Ok(shim) => Ok(PodProcess::Shim { pid: shim.pid, own: shim.own() }),
             Err(e) => {
                 self.strike_unused(&pod);
                 Err(e)

@@ -90,7 +90,7 @@ impl Inner {
                 Err(e) => tracing::warn!(pod = id, container, error = %e, "a left-over task stays"),
             }
         }
-        let process = shim.map(|s| PodProcess { pid: s.pid, own: s.own() });
+        let process = shim.map(|s| PodProcess::Shim { pid: s.pid, own: s.own() });
         Ok(RecoveredPod { id, process, containers })
     }
 

@@ -92,7 +92,8 @@ impl Mapping {
     }
 }
 
-/// Lower layers with mapped owners; taken off again when dropped.
+/// Lower layers with mapped owners; taken off again when dropped. What then fails
+/// is found once more by [`forget`].
 pub struct Lowers {
     dir: PathBuf,
     bound: usize,
@@ -125,9 +126,7 @@ impl Lowers {
 
 impl Drop for Lowers {
     fn drop(&mut self) {
-        if let Err(e) = clear(&self.dir) {
-            crate::log::warn(e);
-        }
+        let _ = clear(&self.dir);
     }
 }
 
@@ -135,7 +134,7 @@ fn place(bundle: &Path) -> PathBuf {
     Path::new(DIRECTORY).join(short_name(&[&bundle.to_string_lossy()]))
 }
 
-/// Takes off what a shim that was killed in the middle has left of `bundle`'s
+/// Takes off what a process that was killed in the middle has left of `bundle`'s
 /// lower layers; usually nothing.
 ///
 /// # Errors

@@ -1,6 +1,5 @@
-//! The root file system's mounts, given in Create and stacked on
-//! `<bundle>/rootfs`; taken off again on delete, also by the `delete` command
-//! after the shim has died.
+//! The root file system's mounts, stacked on `<bundle>/rootfs` before the runtime's
+//! create and taken off again after its delete.
 
 use crate::idmap::{self, Lowers};
 use rustix::fd::{AsFd, OwnedFd};
@@ -10,6 +9,17 @@ use rustix::mount::{mount_change, mount_remount, unmount};
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use types::{Error, Result, ResultExt};
+
+/// One mount, as `mount(8)` would be told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// "overlay", "bind", …
+    pub kind: String,
+    /// The source; "overlay" for an overlay.
+    pub source: String,
+    /// Options, as in fstab.
+    pub options: Vec<String>,
+}
 
 /// The kernel takes one page of mount data.
 const PAGE: usize = 4096;
@@ -95,7 +105,7 @@ fn plan(options: &[String]) -> Plan {
 ///
 /// # Errors
 /// Naming the mount that failed.
-pub fn mount_rootfs(root: &Path, mounts: &[proto::containerd::types::Mount]) -> Result<()> {
+pub fn mount_rootfs(root: &Path, mounts: &[Mount]) -> Result<()> {
     if mounts.is_empty() {
         return Ok(());
     }
@@ -110,8 +120,8 @@ pub fn mount_rootfs(root: &Path, mounts: &[proto::containerd::types::Mount]) -> 
     Ok(())
 }
 
-fn mount_one(root: &Path, m: &proto::containerd::types::Mount) -> Result<()> {
-    let what = || format!("mount {} {} on {}", m.r#type, m.source, root.display());
+fn mount_one(root: &Path, m: &Mount) -> Result<()> {
+    let what = || format!("mount {} {} on {}", m.kind, m.source, root.display());
     let mut options = m.options.clone();
     let namespace = match idmap::take(&mut options).map_err(|e| e.within(what()))? {
         Some(mapping) => Some(mapping.namespace().map_err(|e| e.within(what()))?),
@@ -119,7 +129,7 @@ fn mount_one(root: &Path, m: &proto::containerd::types::Mount) -> Result<()> {
     };
     // Held until the overlay holds them itself.
     let _lowers = match &namespace {
-        Some(namespace) if m.r#type == "overlay" => {
+        Some(namespace) if m.kind == "overlay" => {
             Some(map_lowers(root, &mut options, namespace).map_err(|e| e.within(what()))?)
         }
         _ => None,
@@ -128,7 +138,7 @@ fn mount_one(root: &Path, m: &proto::containerd::types::Mount) -> Result<()> {
     if p.data.iter().any(|o| o == "loop" || o.starts_with("X-") || o.starts_with("x-")) {
         return Err(Error::unimplemented(format!("{}: option {:?} is not served", what(), p.data)));
     }
-    if p.bind.is_some() || m.r#type == "bind" {
+    if p.bind.is_some() || m.kind == "bind" {
         match &namespace {
             Some(namespace) => sys::mount::bind_idmapped(Path::new(&m.source), root, namespace.as_fd())?,
             None if p.bind == Some(true) => mount_bind_recursive(&m.source, root).context(what)?,
@@ -138,9 +148,9 @@ fn mount_one(root: &Path, m: &proto::containerd::types::Mount) -> Result<()> {
             mount_remount(root, p.flags | MountFlags::BIND, c"").context(what)?;
         }
     } else {
-        let (dir, data) = shorten(&m.r#type, &p.data);
+        let (dir, data) = shorten(&m.kind, &p.data);
         let data = CString::new(data).context(|| format!("{}: its options have a zero byte", what()))?;
-        let (source, kind, flags, target) = (m.source.clone(), m.r#type.clone(), p.flags, root.to_path_buf());
+        let (source, kind, flags, target) = (m.source.clone(), m.kind.clone(), p.flags, root.to_path_buf());
         let make = move || mount(source.as_str(), &target, kind.as_str(), flags, data.as_c_str());
         match dir {
             None => make().context(what)?,
@@ -175,7 +185,7 @@ fn map_lowers(root: &Path, options: &mut [String], namespace: &OwnedFd) -> Resul
 }
 
 /// Does any of the mounts need a user namespace, and so a process, to be made?
-pub fn are_mapped(mounts: &[proto::containerd::types::Mount]) -> bool {
+pub fn are_mapped(mounts: &[Mount]) -> bool {
     mounts.iter().any(|m| idmap::asked(&m.options))
 }
 
@@ -255,11 +265,10 @@ mod tests {
             })
             .collect();
         let root = dir.path().join("rootfs");
-        let m = proto::containerd::types::Mount {
-            r#type: "overlay".into(),
+        let m = Mount {
+            kind: "overlay".into(),
             source: "overlay".into(),
             options: vec![format!("lowerdir={}", layers.join(":"))],
-            ..Default::default()
         };
         mount_rootfs(&root, &[m]).unwrap();
         assert_eq!(std::fs::read_dir(&root).unwrap().count(), 100);
@@ -270,12 +279,8 @@ mod tests {
     #[test]
     fn a_failed_mount_leaves_none() {
         let dir = tempfile::tempdir().unwrap();
-        let bind = |source: &str| proto::containerd::types::Mount {
-            r#type: "bind".into(),
-            source: source.into(),
-            options: options(&["rbind", "ro"]),
-            ..Default::default()
-        };
+        let bind =
+            |source: &str| Mount { kind: "bind".into(), source: source.into(), options: options(&["rbind", "ro"]) };
         let source = tempfile::tempdir().unwrap();
         let root = dir.path().join("rootfs");
         let e = mount_rootfs(&root, &[bind(source.path().to_str().unwrap()), bind("/nonexistent")]).unwrap_err();
