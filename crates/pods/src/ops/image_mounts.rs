@@ -44,7 +44,8 @@ pub async fn prepare(ctx: &PodContext, id: &str, config: &ContainerConfig) -> Re
     for ((mount, name), key) in mounts.zip(keys(id, config)) {
         let within = || format!("mount at {:?}", mount.container_path);
         let image = shared.images.get(name).ok_or_else(|| {
-            Error::not_found(format!("{}: image {name:?} is not on this node", within())).hint("pull or import it first")
+            Error::not_found(format!("{}: image {name:?} is not on this node", within()))
+                .hint("pull or import it first")
         })?;
         if image.chain_id.is_empty() {
             return Err(Error::invalid(format!("{}: image {name:?} has no layers", within())));
