@@ -13,7 +13,7 @@ const DEFAULTS: &str = include_str!("config.toml");
 /// Read where it exists and no other file is named.
 const USUAL_FILE: &str = "/etc/longshore/config.toml";
 /// Tables whose keys are the operator's own names.
-const FREE_TABLES: [&str; 1] = ["images.registries"];
+const FREE_TABLES: [&str; 2] = ["images.registries", "runtimes"];
 
 /// The whole configuration; config.toml documents each key.
 #[derive(Debug, Clone, Deserialize)]
@@ -29,6 +29,8 @@ pub struct Config {
     pub log_level: String,
     /// Shims and the OCI runtime.
     pub runtime: RuntimeConfig,
+    /// Handlers by name; what one does not set it takes from `runtime`.
+    pub runtimes: BTreeMap<String, HandlerConfig>,
     /// What containers get.
     pub containers: ContainersConfig,
     /// Images and registries.
@@ -59,6 +61,82 @@ pub struct RuntimeConfig {
     pub log_line_limit: u32,
     /// Seconds.
     pub step_timeout: u64,
+    /// Of what is asked of shims.
+    pub timeouts: TimeoutsConfig,
+}
+
+/// `[runtimes.NAME]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HandlerConfig {
+    /// The shim: a path, a name on PATH, or a type such as `io.containerd.kata.v2`.
+    pub shim: String,
+    /// A conmon instead of a shim: a path, or a name on PATH.
+    pub monitor: String,
+    /// The OCI runtime.
+    pub binary: PathBuf,
+    /// The OCI runtime's state.
+    pub root: PathBuf,
+    /// What the shim is told with each container.
+    pub options: OptionsConfig,
+    /// Annotations that reach this handler's shim and OCI runtime, besides those of
+    /// `containers.annotations`.
+    pub annotations: Vec<String>,
+    /// Bounds that differ from `runtime.timeouts`.
+    pub timeouts: TimeoutsConfig,
+}
+
+/// `[runtimes.NAME.options]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptionsConfig {
+    /// `runc`, `generic`, `none`; `auto` goes by the shim's name.
+    pub kind: OptionsKind,
+    /// runc: no pivot_root(2).
+    pub no_pivot_root: bool,
+    /// runc: no new session keyring.
+    pub no_new_keyring: bool,
+    /// generic: what the shim calls its configuration's type.
+    pub type_url: String,
+    /// generic: the shim's configuration file.
+    pub config_path: String,
+    /// generic: the shim's configuration itself.
+    pub config_body: String,
+}
+
+/// Which options message a shim understands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptionsKind {
+    /// By the shim's name and by the keys that are set.
+    #[default]
+    Auto,
+    /// `containerd.runc.v1.Options`.
+    Runc,
+    /// `runtimeoptions.v1.Options`.
+    Generic,
+    /// No message.
+    None,
+}
+
+/// Bounds in seconds; what is not set is as in the table above it.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TimeoutsConfig {
+    /// `start` of a shim.
+    pub launch: Option<u64>,
+    /// Finding a shim again.
+    pub load: Option<u64>,
+    /// One `delete`, or the undoing of one failed step.
+    pub cleanup: Option<u64>,
+    /// Shutdown, and then the shim's end.
+    pub shutdown: Option<u64>,
+    /// State.
+    pub state: Option<u64>,
+    /// Create, Start, Exec, Delete; 0 is `runtime.step_timeout` less two seconds.
+    pub create: Option<u64>,
+    /// Every other call.
+    pub call: Option<u64>,
 }
 
 /// Who makes cgroups.

@@ -2,12 +2,14 @@
 //! need each other, and takes it apart on SIGTERM. Containers run on.
 
 use crate::cli::ServeArgs;
-use crate::config::{CgroupDriver, Config, Seccomp};
+use crate::config::{CgroupDriver, Config};
+use crate::handlers;
 use anyhow::{Context, Result, bail};
 use cri::{Condition, Cri, Node};
 use images::Images;
 use pods::{Pods, PodsConfig, Shared};
-use runtime::shim_v2::{ShimConfig, ShimManager, Timeouts};
+use runtime::Runtimes;
+use runtime::shim_v2::{Handler as ShimHandler, ShimConfig, ShimManager};
 use serde_json::json;
 use snapshots::{Overlay, Snapshotter};
 use std::fs::{DirBuilder, File, Permissions};
@@ -72,30 +74,16 @@ async fn serve(config: Config) -> Result<()> {
     let snapshots: Arc<dyn Snapshotter> = Arc::new(snapshots);
     let images = Images::open(images_config(&config), store.clone(), snapshots.clone()).await?;
 
-    let binary = Some(config.runtime.binary.as_path()).filter(|p| !p.as_os_str().is_empty());
-    let found = oci::detect(binary).await;
-    let (runtime_ready, runtime_binary, runtime_info) = match &found {
-        Ok(found) => (Condition::good(), found.path.clone(), info_of(found)),
-        Err(e) => {
-            tracing::error!("no OCI runtime: {e}");
-            (Condition::bad("OciRuntimeMissing", e.to_string()), PathBuf::from("runc"), json!(null))
-        }
-    };
-    let features = found.as_ref().ok().and_then(|f| f.features.clone());
-    let mut node = pods::facts::node_facts(features.as_ref())?;
-    node.cgroup_driver = match config.runtime.cgroup_driver {
-        CgroupDriver::Cgroupfs => spec::CgroupDriver::Cgroupfs,
-        CgroupDriver::Systemd => spec::CgroupDriver::Systemd,
-    };
+    let built = handlers::build(&config).await?;
     let (events_tx, events) = tokio::sync::mpsc::unbounded_channel();
-    let shim = find_binary(&config.runtime.shim, "containerd-shim-longshore-v2")?;
-    let runtime = ShimManager::new(shim_config(&config, &shim, &runtime_binary), events_tx).await?;
+    let shims = ShimManager::new(shim_config(&config, built.shims.clone()), events_tx).await?;
+    let runtime = Arc::new(Runtimes::new(shims.clone(), built.shims.iter().map(|h| h.name.clone())));
 
     let shared = Shared {
         config: pods_config(&config)?,
         journal: pods::Journal::start(store.clone()),
         store: store.clone(),
-        runtime: runtime.clone(),
+        runtime,
         images: images.clone(),
         snapshots,
         sandboxes: pods::sandbox::Sandboxes::prepare(pods::sandbox::SandboxDirs {
@@ -105,21 +93,18 @@ async fn serve(config: Config) -> Result<()> {
         timelines: Timelines::new(),
         events: pods::Events::default(),
         registry: pods::Registry::default(),
-        node,
-        policy: policy(&config),
+        handlers: built.handlers,
     };
-    let idmap = shared.node.idmap_mounts;
     let pods = Pods::start(Arc::new(shared), events).await?;
     let node = Node {
         version: env!("CARGO_PKG_VERSION").to_string(),
         systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
-        runtime_ready,
+        runtime_ready: built.ready,
         network_ready: Condition::bad(
             "NoPodNetwork",
             "this version attaches pods to no network: each has a network namespace with lo alone",
         ),
-        user_namespaces: idmap,
-        info: json!({ "runtime": runtime_info, "shim": shim, "root": config.root, "state": config.state }),
+        info: json!({ "handlers": built.info, "root": config.root, "state": config.state }),
     };
     let listener = listen(&config.socket)?;
     tracing::info!("longshore {} serves CRI on {}", node.version, config.socket.display());
@@ -135,21 +120,11 @@ async fn serve(config: Config) -> Result<()> {
     };
     cri::serve(Cri { pods: pods.clone(), images, node: Arc::new(node) }, listener, stop).await?;
     pods.close().await;
-    runtime.release(spec::OWN_PARENT);
+    shims.release(spec::OWN_PARENT);
     let _ = std::fs::remove_file(&config.socket);
     drop(pods);
     store.close();
     Ok(())
-}
-
-fn info_of(found: &oci::Found) -> serde_json::Value {
-    let passed_over: Vec<_> =
-        found.passed_over.iter().map(|(name, reason)| json!({ "name": name, "reason": reason })).collect();
-    for (name, reason) in &found.passed_over {
-        tracing::warn!("the OCI runtime {name} is passed over: {reason}");
-    }
-    tracing::info!("the OCI runtime is {} {} ({})", found.name, found.version, found.path.display());
-    json!({ "name": found.name, "version": found.version, "path": found.path, "passedOver": passed_over })
 }
 
 fn make_dir(dir: &Path, mode: u32) -> Result<()> {
@@ -190,7 +165,7 @@ fn listen(socket: &Path) -> Result<UnixListener> {
 }
 
 /// A binary that comes with us: as configured, beside our own, or on PATH.
-fn find_binary(configured: &Path, name: &str) -> Result<PathBuf> {
+pub(crate) fn find_binary(configured: &Path, name: &str) -> Result<PathBuf> {
     if !configured.as_os_str().is_empty() {
         return Ok(configured.to_path_buf());
     }
@@ -220,17 +195,11 @@ fn images_config(config: &Config) -> images::ImagesConfig {
     }
 }
 
-fn shim_config(config: &Config, shim: &Path, runtime_binary: &Path) -> ShimConfig {
-    let root = &config.runtime.root;
+fn shim_config(config: &Config, handlers: Vec<ShimHandler>) -> ShimConfig {
     ShimConfig {
-        shim: shim.to_path_buf(),
-        runtime_binary: runtime_binary.to_path_buf(),
-        runtime_root: if root.as_os_str().is_empty() { config.state.join("oci") } else { root.clone() },
-        systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
+        handlers,
         state: config.state.clone(),
         namespace: NAMESPACE.to_string(),
-        // The seam's own bound passes first, so that its error is the one that is told.
-        timeouts: Timeouts { create: Duration::from_secs(config.runtime.step_timeout - 2), ..Default::default() },
         shim_cgroup: shim_cgroup(&config.runtime.shim_cgroup),
     }
 }
@@ -261,22 +230,11 @@ fn own_unit(cgroup: &str) -> Option<&str> {
         .filter(|p| p.ends_with(".service"))
 }
 
-fn policy(config: &Config) -> spec::NodePolicy {
-    let mut policy = spec::NodePolicy {
-        default_seccomp: config.containers.seccomp == Seccomp::Default,
-        pids_limit: Some(config.containers.pids_limit).filter(|n| *n > 0),
-        ..Default::default()
-    };
-    policy.annotations.extend(config.containers.annotations.iter().cloned());
-    policy
-}
-
 fn pods_config(config: &Config) -> Result<PodsConfig> {
     let drain = config.runtime.drain_exec_sync_io_timeout;
     Ok(PodsConfig {
         root: config.root.clone(),
         state: config.state.clone(),
-        handlers: vec![config.runtime.handler.clone()],
         drain_exec_sync_io_timeout: (drain > 0).then(|| Duration::from_secs(drain)),
         log_line_limit: config.runtime.log_line_limit,
         pod_init: find_binary(&config.runtime.pod_init, "longshore-pod-init")?,

@@ -73,7 +73,7 @@ impl Cri {
             "sandboxID": c.pod_id,
             "pid": running_pid(c).unwrap_or(0),
             "shimPid": state.process.as_ref().and_then(|p| p.shim_pid()).unwrap_or(0),
-            "runtimeHandler": state.handler,
+            "runtimeHandler": state.handler_name(),
             "snapshotKey": c.id,
             "stdin": c.record.stdin,
             "warnings": c.record.warnings,

@@ -1,7 +1,7 @@
 //! Version, Status, RuntimeConfig: what the node is and can do.
 
 use crate::map;
-use ::pods::Pods;
+use ::pods::{Handler, Pods};
 use proto::cri::*;
 use serde_json::json;
 use types::{Error, Result};
@@ -48,8 +48,6 @@ pub struct Node {
     pub runtime_ready: Condition,
     /// NetworkReady.
     pub network_ready: Condition,
-    /// Whether user-namespaced pods can be run.
-    pub user_namespaces: bool,
     /// For `crictl info`: runtimes found and passed over, paths, configuration.
     pub info: serde_json::Value,
 }
@@ -65,12 +63,17 @@ impl Node {
     }
 
     pub(crate) fn status(&self, pods: &Pods, verbose: bool) -> StatusResponse {
-        let features = RuntimeHandlerFeatures {
-            recursive_read_only_mounts: pods.node().recursive_read_only,
-            user_namespaces: self.user_namespaces,
+        let described = |name: &str, handler: &Handler| RuntimeHandler {
+            name: name.to_string(),
+            features: Some(RuntimeHandlerFeatures {
+                recursive_read_only_mounts: handler.node.recursive_read_only,
+                user_namespaces: handler.node.idmap_mounts,
+            }),
         };
         // The empty name is the default handler.
-        let names = std::iter::once(String::new()).chain(pods.handlers().iter().cloned());
+        let default = std::iter::once(described("", pods.handlers().default_one()));
+        // One that can't run pods is not offered.
+        let able = pods.handlers().iter().filter(|h| h.broken.is_none());
         StatusResponse {
             status: Some(RuntimeStatus {
                 conditions: vec![
@@ -79,7 +82,7 @@ impl Node {
                 ],
             }),
             info: if verbose { map::info(&self.verbose()) } else { Default::default() },
-            runtime_handlers: names.map(|name| RuntimeHandler { name, features: Some(features) }).collect(),
+            runtime_handlers: default.chain(able.map(|h| described(&h.name, h))).collect(),
             features: Some(RuntimeFeatures {
                 supplemental_groups_policy: true,
                 user_namespaces_host_network: false,

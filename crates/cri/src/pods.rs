@@ -96,7 +96,7 @@ fn verbose(view: &PodView) -> serde_json::Value {
         "pid": state.init_pid,
         "processStatus": if state.phase == PodPhase::Ready { "running" } else { "stopped" },
         "shimPid": state.process.as_ref().and_then(|p| p.shim_pid()).unwrap_or(0),
-        "runtimeHandler": state.handler,
+        "runtimeHandler": state.handler_name(),
         "sandbox": state.sandbox,
         "config": &*view.pod.config,
     })

@@ -7,6 +7,7 @@
 //! admission.rs  who may do what in which state, purely
 //! ops/          the operations: all the IO, none of the state
 //! exec.rs       ExecSync
+//! handlers.rs   the runtime handlers
 //! state.rs      what pods and containers are
 //! journal.rs    writes to the database, in order
 //! recovery.rs   what a new daemon finds
@@ -18,6 +19,7 @@ mod admission;
 mod events;
 mod exec;
 pub mod facts;
+mod handlers;
 mod journal;
 mod manager;
 mod ops;
@@ -30,6 +32,7 @@ mod signals;
 mod state;
 
 pub use events::{EventKind, Events, PodEvent};
+pub use handlers::{Handler, Handlers};
 pub use journal::Journal;
 pub use manager::{ContainerFilter, PodFilter, Pods, running_pid};
 pub use registry::Registry;

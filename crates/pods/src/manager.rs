@@ -6,6 +6,7 @@
 
 use crate::admission;
 use crate::events::{EventKind, PodEvent};
+use crate::handlers::Handlers;
 use crate::ops::{self, NewPod};
 use crate::owner::{Msg, Owner};
 use crate::registry::{NameHolder, PodHandle};
@@ -85,17 +86,14 @@ impl Pods {
     /// pod of that name, uid, namespace and attempt exists; else what failed.
     pub async fn run_pod(&self, config: PodSandboxConfig, handler: &str) -> Result<String> {
         let key = pod_key(&config)?;
-        if !handler.is_empty() && !self.shared.config.handlers.iter().any(|h| h == handler) {
-            return Err(Error::invalid(format!("no runtime handler {handler:?} is configured"))
-                .hint(format!("there are: {}", self.shared.config.handlers.join(", "))));
-        }
+        let runtime = self.shared.handlers.admit(handler)?.name.clone();
         let plan = sandbox::plan(&config, |id| self.target_pid(id)).map_err(|e| e.within(pod_name(&config)))?;
         spec::check_pod(&config)?;
         let id = types::new_id()?;
         let (tx, mut attempt) = watch::channel(None);
         match self.shared.registry.reserve(&key, attempt.clone()) {
             Ok(()) => {
-                let new = NewPod { id, key, config: Arc::new(config), handler: handler.to_string(), plan };
+                let new = NewPod { id, key, config: Arc::new(config), handler: handler.to_string(), runtime, plan };
                 let shared = self.shared.clone();
                 tokio::spawn(async move {
                     let outcome = make_pod(shared, new).await;
@@ -315,13 +313,8 @@ impl Pods {
     }
 
     /// The handlers that RunPodSandbox may name; the first is the default one.
-    pub fn handlers(&self) -> &[String] {
-        &self.shared.config.handlers
-    }
-
-    /// What this node can do.
-    pub fn node(&self) -> &spec::NodeFacts {
-        &self.shared.node
+    pub fn handlers(&self) -> &Handlers {
+        &self.shared.handlers
     }
 
     /// Before the daemon's end: waits until all changes are in the database, and

@@ -61,10 +61,10 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
     }
     boot.note(shared).await?;
     let mut ready: Vec<RecoverPod> =
-        stored.iter().filter(|s| !s.pod.state.torn_down).map(|s| asked(s, &aside)).collect();
+        stored.iter().filter(|s| !s.pod.state.torn_down).map(|s| asked(shared, s, &aside)).collect();
     // What a bad record names is left alone: it is asked for, and the answer ignored.
     ready.extend(aside.iter().filter(|(id, _)| !stored.iter().any(|s| s.pod.id == **id)).map(|(id, containers)| {
-        let spec = PodSpec { id: id.clone(), annotations: BTreeMap::new(), bundle_gid: None };
+        let spec = PodSpec { id: id.clone(), handler: String::new(), annotations: BTreeMap::new(), bundle_gid: None };
         RecoverPod { spec, containers: containers.clone() }
     }));
     let mut found = BTreeMap::new();
@@ -187,13 +187,15 @@ fn at(ns: i64) -> SystemTime {
 
 /// Exited containers are asked for too: a daemon that died before it had deleted
 /// their tasks left them.
-fn asked(s: &Stored, aside: &Aside) -> RecoverPod {
+fn asked(shared: &Shared, s: &Stored, aside: &Aside) -> RecoverPod {
     let mut containers: Vec<String> = s.containers.iter().map(|c| c.id.clone()).collect();
     containers.extend(aside.get(&s.pod.id).into_iter().flatten().cloned());
     if s.pod.state.init {
         containers.push(s.pod.id.clone());
     }
-    RecoverPod { spec: crate::ops::pod_spec(&s.pod.id, &s.pod.config, s.pod.state.sandbox.bundle_gid()), containers }
+    let (pod, state) = (&s.pod, &s.pod.state);
+    let spec = crate::ops::pod_spec(shared, &pod.id, &pod.config, state.handler_name(), state.sandbox.bundle_gid());
+    RecoverPod { spec, containers }
 }
 
 fn end_all(shared: &Shared, s: &mut Stored, why: &str) {

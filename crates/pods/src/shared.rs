@@ -1,13 +1,13 @@
 //! What every pod's owner and every operation share.
 
 use crate::events::Events;
+use crate::handlers::Handlers;
 use crate::journal::Journal;
 use crate::registry::Registry;
 use crate::sandbox::Sandboxes;
 use images::Images;
 use runtime::Runtime;
 use snapshots::Snapshotter;
-use spec::{NodeFacts, NodePolicy};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,8 +22,6 @@ pub struct PodsConfig {
     pub root: PathBuf,
     /// What does not: namespaces, FIFOs, pod files.
     pub state: PathBuf,
-    /// The handlers that RunPodSandbox may name; the first is the default one.
-    pub handlers: Vec<String>,
     /// How long an exec's output is drained after its end; `None` is for ever.
     pub drain_exec_sync_io_timeout: Option<Duration>,
     /// The longest line of a container log, in bytes.
@@ -56,10 +54,8 @@ pub struct Shared {
     pub events: Events,
     /// Who is there.
     pub registry: Registry,
-    /// What this node can do.
-    pub node: NodeFacts,
-    /// What the operator has chosen for all containers.
-    pub policy: NodePolicy,
+    /// What RunPodSandbox may name, with what each can do.
+    pub handlers: Handlers,
 }
 
 impl Shared {

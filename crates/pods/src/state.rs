@@ -29,8 +29,12 @@ pub enum PodPhase {
 pub struct PodState {
     /// Ready or not.
     pub phase: PodPhase,
-    /// The runtime handler that it was started with; empty is the default one.
+    /// The runtime handler that was asked for; empty is the default one.
     pub handler: String,
+    /// The handler that it was started with, by name; empty in old records, and then
+    /// as `handler` says.
+    #[serde(default)]
+    pub runtime: String,
     /// Its shim; `None` for a pod without a process.
     pub process: Option<PodProcess>,
     /// Namespaces, files and mounts on the node.
@@ -56,6 +60,13 @@ pub struct PodInfo {
     pub created_at: SystemTime,
     /// The changing part.
     pub state: PodState,
+}
+
+impl PodState {
+    /// The name of the handler that runs it.
+    pub fn handler_name(&self) -> &str {
+        if self.runtime.is_empty() { &self.handler } else { &self.runtime }
+    }
 }
 
 impl PodInfo {

@@ -36,11 +36,16 @@ async fn rig() -> Rig {
     let (tx, events) = mpsc::unbounded_channel();
     let fake = FakeRuntime::new(tx);
     let dirs = SandboxDirs { state: root.join("state"), netns: root.join("netns") };
+    let handler = pods::Handler {
+        name: "runc".into(),
+        node: pods::facts::node_facts(None).unwrap(),
+        policy: spec::NodePolicy::default(),
+        broken: None,
+    };
     let shared = Shared {
         config: PodsConfig {
             root: root.join("root"),
             state: root.join("state"),
-            handlers: vec!["runc".into()],
             drain_exec_sync_io_timeout: Some(Duration::from_secs(1)),
             log_line_limit: 16384,
             pod_init: "/bin/true".into(),
@@ -55,8 +60,7 @@ async fn rig() -> Rig {
         timelines: telemetry::Timelines::new(),
         events: pods::Events::default(),
         registry: pods::Registry::default(),
-        node: pods::facts::node_facts(None).unwrap(),
-        policy: spec::NodePolicy::default(),
+        handlers: pods::Handlers::new(handler, Vec::new()),
     };
     let pods = Pods::start(Arc::new(shared), events).await.unwrap();
     Rig { pods, fake, _root: root }

@@ -12,6 +12,9 @@ use types::{Certificate, ExitStatus, Result, Signal};
 pub struct PodSpec {
     /// The pod's id; the shim's `-id`.
     pub id: String,
+    /// The name of the handler that runs it; empty is the default one.
+    #[serde(default)]
+    pub handler: String,
     /// What the shim reads of the pod: the `io.kubernetes.cri.*` annotations. They
     /// make the pod bundle's config.json.
     pub annotations: std::collections::BTreeMap<String, String>,
@@ -220,6 +223,10 @@ pub trait Runtime: Send + Sync + 'static {
     /// Runs a command to its end (behaviours.md section 1). Dropping the future
     /// kills the command and frees all that belongs to it.
     async fn exec_sync(&self, pod: &str, id: &str, exec: ExecSyncSpec) -> Result<ExecOutput>;
+
+    /// True where something of the pod lies on this node that this backend made: it
+    /// then belongs to it, whatever the configuration says today.
+    fn owns(&self, pod: &str) -> bool;
 
     /// Finds pods again after a restart of the daemon, in parallel, each bounded;
     /// what failed is in the one pod's result and stops no other. Bundles of no

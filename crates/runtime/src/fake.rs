@@ -387,6 +387,10 @@ impl Runtime for FakeRuntime {
         .await
     }
 
+    fn owns(&self, pod: &str) -> bool {
+        self.shared.lock().pods.contains_key(pod)
+    }
+
     /// What is asked and still stands here is found; pods that nobody asks for go.
     async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
         let mut s = self.shared.lock();
@@ -410,7 +414,7 @@ mod tests {
     use super::*;
 
     fn pod() -> PodSpec {
-        PodSpec { id: "p".into(), annotations: BTreeMap::new(), bundle_gid: None }
+        PodSpec { id: "p".into(), handler: String::new(), annotations: BTreeMap::new(), bundle_gid: None }
     }
 
     fn task() -> TaskSpec {

@@ -2,9 +2,10 @@
 //! them.
 //!
 //! ```text
-//!  pods ──► trait Runtime ──► shim_v2/  one shim per pod, over ttrpc
-//!               │              (conmon/  one monitor per container, to come)
-//!               └────────────► fake      in memory, feature `test-util`
+//!  pods ──► trait Runtime ◄── router: by the pod's handler
+//!               │                ├──► shim_v2/  one shim per pod, over ttrpc
+//!               │                └──► (conmon/  one monitor per container, to come)
+//!               └─────────────► fake      in memory, feature `test-util`
 //!  pods ◄── RuntimeEvent ◄──── exits come back only as events
 //! ```
 //!
@@ -13,6 +14,8 @@
 mod api;
 #[cfg(feature = "test-util")]
 pub mod fake;
+mod router;
 pub mod shim_v2;
 
 pub use api::*;
+pub use router::Runtimes;

@@ -311,7 +311,8 @@ fn a_shim_that_fails_is_quoted_and_leaves_nothing() {
         std::fs::write(&script, format!("#!/bin/sh\n{body}\n")).unwrap();
         std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         node.timeouts.launch = Duration::from_millis(500);
-        let cfg = longshore_runtime::shim_v2::ShimConfig { shim: script.clone(), ..node.config() };
+        let mut cfg = node.config();
+        cfg.handlers[0].shim.clone_from(&script);
         let (tx, _events) = tokio::sync::mpsc::unbounded_channel();
         let m = node.run(longshore_runtime::shim_v2::ShimManager::new(cfg, tx)).unwrap();
         let e = node.run(m.start_pod(&node.pod("pod1"))).unwrap_err();

@@ -36,8 +36,8 @@ pub use facts::{
 };
 pub use oci_spec::runtime::{LinuxResources, Process, Spec};
 pub use pod::{
-    INIT, SysctlNamespace, check_hostname, check_pod, check_sysctls, log_path, pod_bundle_spec, sandbox_init_spec,
-    sysctl_namespace, user_namespace,
+    INIT, SysctlNamespace, check_hostname, check_pod, check_sysctls, log_path, pod_annotations, pod_bundle_spec,
+    sandbox_init_spec, sysctl_namespace, user_namespace,
 };
 pub use process::{exec_process, exec_process_json, stop_signal};
 pub use resources::{OWN_PARENT, apply_update, cgroups_path, linux_resources};

@@ -7,6 +7,7 @@ use oci_spec::runtime::{
     Capability, LinuxBuilder, LinuxResources, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 use proto::cri::{self, NamespaceMode};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use types::{Error, Result, ResultExt};
 
@@ -185,11 +186,17 @@ pub fn check_pod(config: &cri::PodSandboxConfig) -> Result<()> {
 /// # Errors
 /// `Internal` only.
 pub fn pod_bundle_spec(pod_id: &str, config: &cri::PodSandboxConfig, policy: &NodePolicy) -> Result<Spec> {
+    let mut spec = blank()?;
+    spec.set_annotations(Some(pod_annotations(pod_id, config, policy)));
+    Ok(spec)
+}
+
+/// The annotations of the pod's own bundle: those that the operator lets through, and
+/// those by which shims, kata and gVisor among them, know pods.
+pub fn pod_annotations(pod_id: &str, config: &cri::PodSandboxConfig, policy: &NodePolicy) -> HashMap<String, String> {
     let mut all = annotations::allowed(config.annotations.clone(), &policy.annotations);
     all.extend(annotations::identity(pod_id, config, None));
-    let mut spec = blank()?;
-    spec.set_annotations(Some(all));
-    Ok(spec)
+    all
 }
 
 /// A spec with nothing in it, where oci-spec's own default has a whole container.

@@ -136,7 +136,7 @@ async fn make_spec(
     image: &Image,
     root: LayeredRoot,
 ) -> Result<ContainerSpec> {
-    let (shared, pod) = (&ctx.shared, &ctx.pod);
+    let (handler, pod) = (ctx.handler()?, &ctx.pod);
     let defaults = ImageDefaults::from(&image.config);
     let sc = config.linux.as_ref().and_then(|l| l.security_context.clone()).unwrap_or_default();
     let request = spec::user_request(&sc, &defaults)?;
@@ -160,8 +160,8 @@ async fn make_spec(
         pod: &pod.config,
         image: &defaults,
         image_name,
-        node: &shared.node,
-        policy: &shared.policy,
+        node: &handler.node,
+        policy: &handler.policy,
         rootfs: &rootfs,
         host: &host,
         namespaces: &pod.state.sandbox.namespaces_with(pid),

@@ -19,14 +19,15 @@ pub use start::start;
 pub use stop::{delete_task, end_task, stop, stop_pod};
 pub use update::{merge_resources, update};
 
+use crate::handlers::Handler;
 use crate::owner::Msg;
 use crate::shared::Shared;
 use crate::state::PodInfo;
 use proto::cri::PodSandboxConfig;
 use runtime::PodSpec;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
+use types::Result;
 
 /// A pod at the moment when an operation began.
 #[derive(Clone)]
@@ -41,28 +42,29 @@ pub struct PodContext {
     pub init_ended: watch::Receiver<bool>,
 }
 
-/// The pod as the runtime is told of it: the annotations that shims, kata and
-/// gVisor among them, know pods by.
-pub fn pod_spec(id: &str, config: &PodSandboxConfig, bundle_gid: Option<u32>) -> PodSpec {
-    let mut annotations: BTreeMap<String, String> =
-        config.annotations.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-    let meta = config.metadata.clone().unwrap_or_default();
-    for (key, value) in [
-        ("io.kubernetes.cri.container-type", "sandbox".to_string()),
-        ("io.kubernetes.cri.sandbox-id", id.to_string()),
-        ("io.kubernetes.cri.sandbox-name", meta.name),
-        ("io.kubernetes.cri.sandbox-namespace", meta.namespace),
-        ("io.kubernetes.cri.sandbox-uid", meta.uid),
-        ("io.kubernetes.cri.sandbox-log-directory", config.log_directory.clone()),
-    ] {
-        annotations.insert(key.to_string(), value);
-    }
-    PodSpec { id: id.to_string(), annotations, bundle_gid }
+/// The pod as the runtime is told of it: its handler, and the annotations that may
+/// reach a shim.
+pub fn pod_spec(
+    shared: &Shared,
+    id: &str,
+    config: &PodSandboxConfig,
+    handler: &str,
+    bundle_gid: Option<u32>,
+) -> PodSpec {
+    let of_handler = shared.handlers.find(handler).unwrap_or_else(|_| shared.handlers.default_one());
+    let annotations = spec::pod_annotations(id, config, &of_handler.policy).into_iter().collect();
+    PodSpec { id: id.to_string(), handler: handler.to_string(), annotations, bundle_gid }
 }
 
 impl PodContext {
     /// The pod as the runtime is told of it.
     pub fn pod_spec(&self) -> PodSpec {
-        pod_spec(&self.pod.id, &self.pod.config, self.pod.state.sandbox.bundle_gid())
+        let state = &self.pod.state;
+        pod_spec(&self.shared, &self.pod.id, &self.pod.config, state.handler_name(), state.sandbox.bundle_gid())
+    }
+
+    /// The handler of its containers.
+    pub fn handler(&self) -> Result<&Handler> {
+        self.shared.handlers.of_pod(self.pod.state.handler_name())
     }
 }

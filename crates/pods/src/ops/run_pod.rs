@@ -26,6 +26,8 @@ pub struct NewPod {
     pub config: Arc<PodSandboxConfig>,
     /// The runtime handler that was asked for.
     pub handler: String,
+    /// Its name: that of the default one where none was asked for.
+    pub runtime: String,
     /// Its namespaces, decided.
     pub plan: NamespacePlan,
 }
@@ -53,7 +55,7 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
     let timelines = &shared.timelines;
     let request = SandboxRequest { pod_id: &new.id, config: &new.config, plan: &new.plan };
     let gid = new.plan.mapped_root_gid();
-    let spec = pod_spec(&new.id, &new.config, gid);
+    let spec = pod_spec(shared, &new.id, &new.config, &new.runtime, gid);
     let sandbox = timelines.timed(
         &new.id,
         OP,
@@ -79,6 +81,7 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
         state: PodState {
             phase: PodPhase::Ready,
             handler: new.handler.clone(),
+            runtime: new.runtime.clone(),
             process: Some(process),
             sandbox,
             torn_down: false,
@@ -93,7 +96,8 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
 async fn start_init(shared: &Arc<Shared>, new: &NewPod, sandbox: &SandboxState) -> Result<u32> {
     let rootfs = shared.sandboxes.init_rootfs(&new.id).await?;
     let binary = &shared.config.pod_init;
-    let spec = spec::sandbox_init_spec(&new.id, &new.config, &sandbox.namespaces(), binary, &shared.node)?;
+    let node = &shared.handlers.of_pod(&new.runtime)?.node;
+    let spec = spec::sandbox_init_spec(&new.id, &new.config, &sandbox.namespaces(), binary, node)?;
     let config_json = serde_json::to_string(&spec).context(|| format!("encode the init of pod {}", new.id))?;
     let task = TaskSpec {
         id: new.id.clone(),
@@ -101,7 +105,7 @@ async fn start_init(shared: &Arc<Shared>, new: &NewPod, sandbox: &SandboxState) 
         rootfs: vec![rootfs],
         io: TaskIo { log_path: None, log_limit: 0, terminal: false, stdin: None },
     };
-    let pod = pod_spec(&new.id, &new.config, new.plan.mapped_root_gid());
+    let pod = pod_spec(shared, &new.id, &new.config, &new.runtime, new.plan.mapped_root_gid());
     let pid = shared.bounded("creating the pod's init", shared.runtime.create_task(&pod, &task)).await?;
     shared.bounded("starting the pod's init", shared.runtime.start_task(&new.id, &new.id)).await?;
     Ok(pid)

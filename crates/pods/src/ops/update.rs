@@ -35,7 +35,7 @@ pub fn merge_resources(
 pub async fn update(ctx: &PodContext, info: &ContainerInfo, merged: &LinuxContainerResources) -> Result<()> {
     let shared = &ctx.shared;
     let mut warnings = Vec::new();
-    let resources = spec::linux_resources(merged, &shared.node, &mut warnings)?;
+    let resources = spec::linux_resources(merged, &ctx.handler()?.node, &mut warnings)?;
     for w in warnings {
         tracing::warn!("update of container {:.12}: {w}", info.id);
     }

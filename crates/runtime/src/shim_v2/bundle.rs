@@ -6,6 +6,7 @@
 //!   bundles/                        0711
 //!     <pod>/                        0700, or 0710 with the group of its mapped root
 //!       config.json                 the sandbox annotations only
+//!       handler.json                with which shim and OCI runtime it was begun
 //!       bootstrap.json              how to reach the shim, 0600
 //!       address, log                the shim's: its socket's address, its log FIFO
 //!       tasks/<container>/
@@ -260,7 +261,8 @@ mod tests {
     #[test]
     fn bundles_are_closed_but_for_a_mapped_root() {
         let root = tempfile::tempdir().unwrap();
-        let spec = |gid| PodSpec { id: "p".into(), annotations: Default::default(), bundle_gid: gid };
+        let spec =
+            |gid| PodSpec { id: "p".into(), handler: String::new(), annotations: Default::default(), bundle_gid: gid };
         let (plain, mapped) = (root.path().join("plain"), root.path().join("mapped"));
         make_pod(&plain, &spec(None)).unwrap();
         make_pod(&mapped, &spec(Some(4711))).unwrap();

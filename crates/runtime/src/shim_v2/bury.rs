@@ -3,6 +3,7 @@
 use super::Inner;
 use super::bootstrap::Bootstrap;
 use super::bundle::{self, blocking};
+use super::config::Handler;
 use super::pod::Pod;
 use super::task::{self, Task};
 use std::sync::Arc;
@@ -31,11 +32,11 @@ impl Inner {
     /// as its bundle knows, else as `delete` answers (137), else 255.
     pub(super) async fn bury_task(self: &Arc<Self>, pod: &str, id: &str) -> Certificate {
         let dir = self.layout.task(pod, id);
-        let bound = self.cfg.timeouts.cleanup;
-        let answer = if dir.exists() {
-            self.binary.delete(&dir, id, bound).await
-        } else {
-            Err(Error::not_found(format!("bundle {}", dir.display())))
+        let handler = self.handler_of(pod).await;
+        let answer = match &handler {
+            Ok(handler) if dir.exists() => self.binary(handler).await.delete(&dir, id, handler.timeouts.cleanup).await,
+            Ok(_) => Err(Error::not_found(format!("bundle {}", dir.display()))),
+            Err(e) => Err(e.copy()),
         };
         let now = crate::now();
         let (status, exited_at) = match answer {
@@ -45,7 +46,9 @@ impl Inner {
             }
             Err(e) => {
                 tracing::warn!(pod, container = id, error = %e, "the shim's delete failed");
-                self.runtime_delete(id).await;
+                if let Ok(handler) = &handler {
+                    self.runtime_delete(handler, id).await;
+                }
                 (ExitStatus::Unknown(255), now)
             }
         };
@@ -78,15 +81,15 @@ impl Inner {
     }
 
     /// The last means: the OCI runtime itself, where the shim's `delete` failed.
-    async fn runtime_delete(&self, id: &str) {
-        let run = tokio::process::Command::new(&self.cfg.runtime_binary)
+    async fn runtime_delete(&self, handler: &Handler, id: &str) {
+        let run = tokio::process::Command::new(&handler.runtime_binary)
             .arg("--root")
-            .arg(self.cfg.runtime_root.join(&self.cfg.namespace))
+            .arg(handler.runtime_root.join(&self.cfg.namespace))
             .args(["delete", "--force", id])
             .stdin(std::process::Stdio::null())
             .kill_on_drop(true)
             .output();
-        match tokio::time::timeout(self.cfg.timeouts.cleanup, run).await {
+        match tokio::time::timeout(handler.timeouts.cleanup, run).await {
             Ok(Ok(out)) if out.status.success() => {}
             Ok(Ok(out)) => tracing::warn!(
                 container = id,

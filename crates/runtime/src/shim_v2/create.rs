@@ -2,6 +2,7 @@
 
 use super::Inner;
 use super::bundle::{self, blocking};
+use super::config::{Handler, TaskOptions};
 use super::foreign::{Logger, fifos};
 use super::pod::{Phase, Pod};
 use super::rpc::call;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use types::{Error, ErrorKind, Result};
 
 const OPTIONS_URL: &str = "containerd.runc.v1.Options";
+const GENERIC_URL: &str = "runtimeoptions.v1.Options";
 
 /// The private URI of our own shim: it writes the CRI log itself.
 fn log_uri(path: &Path, limit: u32) -> String {
@@ -54,6 +56,35 @@ fn mounts(rootfs: &[RootfsMount]) -> Vec<Mount> {
     rootfs.iter().map(one).collect()
 }
 
+/// What Create gets of the handler's options.
+fn options(handler: &Handler, config_json: &str, user_namespaced: bool) -> Option<prost_types::Any> {
+    match &handler.options {
+        TaskOptions::None => None,
+        TaskOptions::Runc { no_pivot_root, no_new_keyring } => {
+            let (io_uid, io_gid) = if user_namespaced { mapped_root(config_json).unwrap_or_default() } else { (0, 0) };
+            let options = Options {
+                binary_name: handler.runtime_binary.to_string_lossy().into_owned(),
+                root: handler.runtime_root.to_string_lossy().into_owned(),
+                systemd_cgroup: handler.systemd_cgroup,
+                no_pivot_root: *no_pivot_root,
+                no_new_keyring: *no_new_keyring,
+                io_uid,
+                io_gid,
+                ..Options::default()
+            };
+            Some(proto::pack(OPTIONS_URL, &options))
+        }
+        TaskOptions::Generic { type_url, config_path, config_body } => {
+            let options = proto::runtimeoptions::Options {
+                type_url: type_url.clone(),
+                config_path: config_path.clone(),
+                config_body: config_body.clone().into_bytes(),
+            };
+            Some(proto::pack(GENERIC_URL, &options))
+        }
+    }
+}
+
 struct Streams {
     stdin: String,
     stdout: String,
@@ -81,19 +112,6 @@ impl Inner {
             streams.stderr = err;
         }
         Ok(streams)
-    }
-
-    fn options(&self, config_json: &str, user_namespaced: bool) -> prost_types::Any {
-        let (io_uid, io_gid) = if user_namespaced { mapped_root(config_json).unwrap_or_default() } else { (0, 0) };
-        let options = Options {
-            binary_name: self.cfg.runtime_binary.to_string_lossy().into_owned(),
-            root: self.cfg.runtime_root.to_string_lossy().into_owned(),
-            systemd_cgroup: self.cfg.systemd_cgroup,
-            io_uid,
-            io_gid,
-            ..Options::default()
-        };
-        proto::pack(OPTIONS_URL, &options)
     }
 
     pub(super) async fn create_task(self: &Arc<Self>, spec: &PodSpec, task: TaskSpec) -> Result<u32> {
@@ -125,7 +143,7 @@ impl Inner {
         entry: &Arc<Task>,
     ) -> Result<u32> {
         let dir = self.layout.task(&pod.id, &task.id);
-        let options = self.options(&task.config_json, spec.bundle_gid.is_some());
+        let options = options(&shim.handler, &task.config_json, spec.bundle_gid.is_some());
         let rootfs = mounts(&task.rootfs);
         let (d, gid) = (dir.clone(), spec.bundle_gid);
         let task = match blocking(move || bundle::make_task(&d, gid, &task.config_json).map(|()| task)).await {
@@ -136,7 +154,7 @@ impl Inner {
             Ok(streams) => streams,
             Err(e) => return Err(self.unmake(&dir, None, &entry.id, e).await),
         };
-        let bound = self.cfg.timeouts.create;
+        let bound = shim.timeouts().create;
         let request = wire::CreateTaskRequest {
             id: entry.id.clone(),
             bundle: dir.to_string_lossy().into_owned(),
@@ -145,7 +163,7 @@ impl Inner {
             stdin: streams.stdin,
             stdout: streams.stdout,
             stderr: streams.stderr,
-            options: Some(options),
+            options,
             ..wire::CreateTaskRequest::default()
         };
         entry.set_logger(streams.logger);
@@ -172,16 +190,16 @@ impl Inner {
 
     /// Undoes a failed create: the task in the shim, or by way of `delete` where
     /// the shim can't; then the bundle. Returns the error, with what else failed.
-    async fn unmake(&self, dir: &Path, shim: Option<&Arc<Shim>>, id: &str, e: Error) -> Error {
+    async fn unmake(self: &Arc<Self>, dir: &Path, shim: Option<&Arc<Shim>>, id: &str, e: Error) -> Error {
         if let Some(shim) = shim {
-            let bound = self.cfg.timeouts.cleanup;
+            let bound = shim.timeouts().cleanup;
             let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
             match call(bound, shim.task().delete(bound, request)).await {
                 Ok(_) => {}
                 // The shim has undone its own failure.
                 Err(f) if f.is_not_found() && e.kind() != ErrorKind::DeadlineExceeded => {}
                 Err(_) => {
-                    if let Err(e) = self.binary.delete(dir, id, bound).await {
+                    if let Err(e) = self.binary(&shim.handler).await.delete(dir, id, bound).await {
                         tracing::warn!(container = id, error = %e, "undo a failed create");
                     }
                 }

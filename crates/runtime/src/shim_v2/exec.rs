@@ -224,7 +224,7 @@ impl Exec {
 
     /// Tells the shim of the command.
     async fn make(&self, process_json: String) -> Result<()> {
-        let bound = self.inner.cfg.timeouts.create;
+        let bound = self.shim.timeouts().create;
         let request = wire::ExecProcessRequest {
             id: self.container.clone(),
             exec_id: self.id.clone(),
@@ -247,7 +247,7 @@ impl Exec {
 
     /// Waits for its turn to call the OCI runtime.
     async fn queue(&self, begun: Instant, caller: &mut oneshot::Receiver<()>) -> Result<SemaphorePermit<'_>> {
-        let bound = self.inner.cfg.timeouts.create;
+        let bound = self.shim.timeouts().create;
         let e = tokio::select! {
             permit = self.pod.runtime_calls.acquire() => match permit {
                 Ok(permit) => return Ok(permit),
@@ -270,7 +270,7 @@ impl Exec {
         wait: &mut Pin<&mut impl Future<Output = Ended>>,
     ) -> Result<(u32, Option<Ended>)> {
         // Queueing counts: what is left of the bound is the start's.
-        let left = self.inner.cfg.timeouts.create.saturating_sub(begun.elapsed()).max(LEAST);
+        let left = self.shim.timeouts().create.saturating_sub(begun.elapsed()).max(LEAST);
         let mut early = None;
         let mut start = pin!(async {
             let request = wire::StartRequest { id: self.container.clone(), exec_id: self.id.clone() };
@@ -333,7 +333,7 @@ impl Exec {
 
     /// Takes the exec out of the shim, under a bound of its own.
     async fn delete(&self) {
-        let bound = self.inner.cfg.timeouts.cleanup;
+        let bound = self.shim.timeouts().cleanup;
         let request = wire::DeleteRequest { id: self.container.clone(), exec_id: self.id.clone() };
         match call(bound, self.shim.task().delete(bound, request)).await {
             Ok(_) | Err(Fault::Closed) => {}
@@ -354,7 +354,7 @@ impl Exec {
 impl Inner {
     /// SIGKILL to an exec, and its end, under a bound.
     async fn kill_exec(&self, shim: &Shim, container: &str, exec: &str) {
-        let bound = self.cfg.timeouts.cleanup;
+        let bound = shim.timeouts().cleanup;
         let killed = kill(shim, container, exec, Signal::KILL, false, bound).await;
         let request = wire::WaitRequest { id: container.to_string(), exec_id: exec.to_string() };
         let ended = call(bound, shim.task().wait(bound, request)).await.map(|_| ());

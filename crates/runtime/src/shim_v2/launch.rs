@@ -2,7 +2,7 @@
 //! log comes through.
 
 use super::bootstrap::Bootstrap;
-use super::config::ShimConfig;
+use super::config::Handler;
 use prost::Message;
 use proto::containerd::task::v3::DeleteResponse;
 use std::path::{Path, PathBuf};
@@ -37,14 +37,15 @@ struct Answer {
 }
 
 impl Binary {
-    pub(crate) fn new(cfg: &ShimConfig, events: &Path, serves_events: bool) -> Self {
+    pub(crate) fn new(handler: &Handler, namespace: &str, events: &Path) -> Self {
         let mut ttrpc = events.as_os_str().to_owned();
         ttrpc.push(".ttrpc");
         Self {
-            shim: cfg.shim.clone(),
-            namespace: cfg.namespace.clone(),
+            shim: handler.shim.clone(),
+            namespace: namespace.to_string(),
             grpc_address: events.to_path_buf(),
-            ttrpc_address: serves_events.then(|| ttrpc.into()),
+            // Ours sends none: exits come by Wait.
+            ttrpc_address: (!handler.bears_our_name()).then(|| ttrpc.into()),
             publish: std::env::current_exe().unwrap_or_else(|_| "longshore".into()),
         }
     }

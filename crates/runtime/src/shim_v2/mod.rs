@@ -37,7 +37,7 @@ mod start;
 mod stop;
 mod task;
 
-pub use config::{ShimConfig, Timeouts};
+pub use config::{Handler, ShimConfig, TaskOptions, Timeouts};
 
 use crate::api::{
     ExecOutput, ExecSyncSpec, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec, TaskState,
@@ -65,7 +65,8 @@ pub struct ShimManager {
 struct Inner {
     cfg: ShimConfig,
     layout: Layout,
-    binary: Binary,
+    /// Served once the first foreign shim comes up.
+    events_served: tokio::sync::OnceCell<()>,
     cgroups: Vec<PathBuf>,
     events: UnboundedSender<RuntimeEvent>,
     pods: Mutex<HashMap<String, Arc<Pod>>>,
@@ -78,31 +79,26 @@ impl ShimManager {
     /// daemon are found by [`Runtime::recover`], not here.
     ///
     /// # Errors
-    /// The state directory can't be made, or the events socket not be bound.
+    /// The state directory can't be made.
     pub async fn new(cfg: ShimConfig, events: UnboundedSender<RuntimeEvent>) -> Result<Arc<Self>> {
         let layout = Layout::new(cfg.state.clone());
-        let serves_events = !cfg.bears_our_name();
-        let binary = Binary::new(&cfg, &layout.events(), serves_events);
         let (l, cgroup) = (layout.clone(), cfg.shim_cgroup.clone());
         let cgroups = bundle::blocking(move || {
             l.prepare()?;
             Ok(cgroup.as_deref().map(cgroup::prepare).unwrap_or_default())
         })
         .await?;
-        let inner = Arc::new(Inner {
+        let inner = Inner {
             cfg,
             layout,
-            binary,
+            events_served: tokio::sync::OnceCell::new(),
             cgroups,
             events,
             pods: Mutex::default(),
             logs: foreign::Logs::default(),
             ops: Ops::default(),
-        });
-        if serves_events {
-            events::serve(&inner).await?;
-        }
-        Ok(Arc::new(Self { inner }))
+        };
+        Ok(Arc::new(Self { inner: Arc::new(inner) }))
     }
 
     /// The pid of the pod's shim, where it runs now.
@@ -158,6 +154,22 @@ impl ShimManager {
 }
 
 impl Inner {
+    /// The shim's binary of a handler; where it sends events to is served from then on.
+    async fn binary(self: &Arc<Self>, handler: &Handler) -> Binary {
+        if !handler.bears_our_name()
+            && let Err(e) = self.events_served.get_or_try_init(|| events::serve(self)).await
+        {
+            tracing::error!(error = %e, "no events of shims: an OOM kill below them will not be told from another");
+        }
+        Binary::new(handler, &self.cfg.namespace, &self.layout.events())
+    }
+
+    /// With what a pod that exists was begun.
+    async fn handler_of(&self, pod: &str) -> Result<Handler> {
+        let (cfg, dir) = (self.cfg.clone(), self.layout.pod(pod));
+        bundle::blocking(move || cfg.handler_of(&dir)).await
+    }
+
     fn pods(&self) -> MutexGuard<'_, HashMap<String, Arc<Pod>>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -263,6 +275,10 @@ impl Runtime for ShimManager {
         // the task that runs the command.
         let (_here, caller) = tokio::sync::oneshot::channel::<()>();
         detach!(self, format!("exec in container {id}"), inner, [pod, id], inner.exec_sync(&pod, &id, exec, caller))
+    }
+
+    fn owns(&self, pod: &str) -> bool {
+        self.inner.layout.pod(pod).exists()
     }
 
     async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {

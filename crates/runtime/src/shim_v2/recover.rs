@@ -5,6 +5,7 @@
 
 use super::Inner;
 use super::bundle::{self, blocking};
+use super::config::Timeouts;
 use super::pod::Pod;
 use super::shim::Shim;
 use super::task::Task;
@@ -44,10 +45,8 @@ impl Inner {
             });
         }
         // Their own bounds hold; but a stuck one must not hold up the start.
-        if tokio::time::timeout(self.cfg.timeouts.load, async { while strangers.join_next().await.is_some() {} })
-            .await
-            .is_err()
-        {
+        let bound = self.cfg.handler("").map_or_else(|_| Timeouts::default().load, |h| h.timeouts.load);
+        if tokio::time::timeout(bound, async { while strangers.join_next().await.is_some() {} }).await.is_err() {
             strangers.detach_all();
         }
         results
@@ -151,7 +150,8 @@ impl Inner {
         }
         // The OCI runtimes keep a directory per container, from before the first
         // process to their delete.
-        let known = self.cfg.runtime_root.join(&self.cfg.namespace).join(id).exists();
+        let root = self.handler_of(&pod.id).await.ok()?.runtime_root;
+        let known = root.join(&self.cfg.namespace).join(id).exists();
         let made = known || bundle::certificate(&dir).is_some();
         let certificate = self.bury_task(&pod.id, id).await;
         if wanted && made {

@@ -1,13 +1,13 @@
 //! A shim that runs: its connection, its process, what it can.
 
 use super::bootstrap::Bootstrap;
+use super::config::{Handler, Timeouts};
 use super::rpc::{Fault, call};
 use proto::containerd::task::v3::{ConnectRequest, TaskClient};
 use proto::longshore_shim::{FeaturesRequest, LongshoreClient};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use types::{Error, Result, ResultExt};
@@ -19,13 +19,16 @@ pub(crate) struct Shim {
     /// What our private service says it can; empty for a foreign shim.
     features: Vec<String>,
     pub(crate) bootstrap: Bootstrap,
+    /// With what it was begun.
+    pub(crate) handler: Handler,
     process: AsyncFd<OwnedFd>,
     connection: Mutex<ttrpc::r#async::Client>,
 }
 
 impl Shim {
     /// Connects, asks for the pid and for what the shim can, and takes a pidfd.
-    pub(crate) async fn connect(pod: &str, bootstrap: Bootstrap, bound: Duration) -> Result<Self> {
+    pub(crate) async fn connect(pod: &str, bootstrap: Bootstrap, handler: Handler) -> Result<Self> {
+        let bound = handler.timeouts.load;
         let client = dial(&bootstrap).await?;
         let what = || format!("connect to the shim of pod {pod} at {}", bootstrap.address);
         let task = TaskClient::new(client.clone(), bootstrap.task_service());
@@ -47,7 +50,7 @@ impl Shim {
         let fd = pidfd_open(raw, PidfdFlags::empty())
             .context_kind(types::ErrorKind::Unavailable, || format!("{}: its process {pid} is gone", what()))?;
         let process = stdio::watch(fd, Interest::READABLE).context(|| format!("{}: watch process {pid}", what()))?;
-        Ok(Self { pod: pod.to_string(), pid, features, bootstrap, process, connection: Mutex::new(client) })
+        Ok(Self { pod: pod.to_string(), pid, features, bootstrap, handler, process, connection: Mutex::new(client) })
     }
 
     /// True where the shim has our private service.
@@ -58,6 +61,11 @@ impl Shim {
     /// True where the shim has this feature of our private service.
     pub(crate) fn can(&self, feature: &str) -> bool {
         self.features.iter().any(|f| f == feature)
+    }
+
+    /// How long it is waited for what.
+    pub(crate) fn timeouts(&self) -> &Timeouts {
+        &self.handler.timeouts
     }
 
     fn client(&self) -> ttrpc::r#async::Client {

@@ -21,8 +21,11 @@ pub(super) async fn load(inner: &Arc<Inner>, pod: &str) -> Result<Option<Shim>> 
     let dir = inner.layout.pod(pod);
     let d = dir.clone();
     let Some(bootstrap) = blocking(move || Bootstrap::load(&d)).await? else { return Ok(None) };
-    let bound = inner.cfg.timeouts.load;
-    match Shim::connect(pod, bootstrap.clone(), bound).await {
+    let handler = inner.handler_of(pod).await?;
+    if !handler.bears_our_name() {
+        inner.binary(&handler).await;
+    }
+    match Shim::connect(pod, bootstrap.clone(), handler).await {
         Ok(shim) => Ok(Some(shim)),
         Err(e) if e.kind() == ErrorKind::Unavailable => {
             tracing::info!(pod, reason = %e, "the pod's shim is dead");
@@ -37,19 +40,21 @@ pub(super) async fn load(inner: &Arc<Inner>, pod: &str) -> Result<Option<Shim>> 
 /// Makes the bundle, starts the shim and connects; all of it or nothing.
 pub(super) async fn launch_pod(inner: &Arc<Inner>, spec: &PodSpec) -> Result<(Shim, Receiver)> {
     let dir = inner.layout.pod(&spec.id);
-    let (d, s) = (dir.clone(), spec.clone());
+    let handler = inner.cfg.handler(&spec.handler)?.clone();
+    let (d, s, h) = (dir.clone(), spec.clone(), handler.clone());
     let started = async {
         // Opened before the shim is: it may write before it answers.
         let log = blocking(move || {
             bundle::make_pod(&d, &s)?;
+            h.store(&d)?;
             Ok(d)
         })
         .await
         .and_then(|d| launch::open_log(&d))?;
-        let bootstrap = inner.binary.start(&dir, &spec.id, inner.cfg.timeouts.launch).await?;
+        let binary = inner.binary(&handler).await;
+        let bootstrap = binary.start(&dir, &spec.id, handler.timeouts.launch).await?;
         let (b, d) = (bootstrap.clone(), dir.clone());
-        let (stored, shim) =
-            tokio::join!(blocking(move || b.store(&d)), Shim::connect(&spec.id, bootstrap, inner.cfg.timeouts.load));
+        let (stored, shim) = tokio::join!(blocking(move || b.store(&d)), Shim::connect(&spec.id, bootstrap, handler));
         stored?;
         Ok((shim?, log))
     };

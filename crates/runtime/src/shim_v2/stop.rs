@@ -117,7 +117,7 @@ impl Inner {
 
     /// Shuts the shim down and awaits its end. True where it had to be killed.
     async fn shut_down(&self, shim: &Arc<Shim>) -> bool {
-        let bound = self.cfg.timeouts.shutdown;
+        let bound = shim.timeouts().shutdown;
         let request = ShutdownRequest { id: shim.pod.clone(), now: true };
         match call(bound, shim.task().shutdown(bound, request)).await {
             Ok(_) | Err(Fault::Closed) => {}

@@ -20,6 +20,9 @@ const RESOURCES_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/L
 /// Between two attempts to wait where the shim answers with an odd error.
 const WAIT_AGAIN: Duration = Duration::from_secs(1);
 
+/// How long the log of an ended container may still be on its way.
+const LOG_END: Duration = Duration::from_secs(2);
+
 /// A task in the manager's table.
 #[derive(Default)]
 pub(crate) struct Task {
@@ -189,7 +192,7 @@ impl Inner {
 
     pub(super) async fn start_task(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
-        let bound = self.cfg.timeouts.create;
+        let bound = shim.timeouts().create;
         let request = wire::StartRequest { id: id.to_string(), exec_id: String::new() };
         match call(bound, shim.task().start(bound, request)).await {
             Ok(_) => Ok(()),
@@ -217,7 +220,7 @@ impl Inner {
             return Ok(());
         }
         *task.killed.lock().unwrap_or_else(PoisonError::into_inner) = Some((signal, why.to_string()));
-        let bound = self.cfg.timeouts.call;
+        let bound = shim.timeouts().call;
         match kill(&shim, id, "", signal, all, bound).await {
             Ok(()) => Ok(()),
             // It died of what is being cleaned up now.
@@ -229,7 +232,7 @@ impl Inner {
 
     /// SIGKILL, wait, delete: for what must go. An unknown task is success.
     pub(super) async fn kill_and_delete(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Shim, id: &str) -> Result<()> {
-        let bound = self.cfg.timeouts.cleanup;
+        let bound = shim.timeouts().cleanup;
         let within = |e: Fault, what: &str| e.within(&format!("{what} container {id}"), bound);
         kill(shim, id, "", Signal::KILL, true, bound).await.map_err(|e| within(e, "kill"))?;
         let request = wire::WaitRequest { id: id.to_string(), exec_id: String::new() };
@@ -285,13 +288,13 @@ impl Inner {
 
     /// Deletes a task in the pod's shim. False where the pod has none.
     async fn delete_in_shim(self: &Arc<Self>, pod: &Arc<Pod>, id: &str, task: Option<&Task>) -> Result<bool> {
-        let bound = self.cfg.timeouts.create;
         loop {
             let shim = match pod.shim(self).await {
                 Ok(shim) => shim,
                 Err(e) if e.is_not_found() => return Ok(false),
                 Err(e) => return Err(e),
             };
+            let bound = shim.timeouts().create;
             let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
             match call(bound, shim.task().delete(bound, request)).await {
                 Ok(answer) => {
@@ -314,7 +317,7 @@ impl Inner {
     async fn finish_log(&self, task: &Task) {
         let logger = task.logger().take();
         if let Some(logger) = logger {
-            logger.finish(self.cfg.timeouts.state).await;
+            logger.finish(LOG_END).await;
         }
     }
 
@@ -327,7 +330,7 @@ impl Inner {
     }
 
     pub(super) async fn ask_state(&self, pod: &Pod, shim: &Shim, id: &str) -> Result<TaskState> {
-        let bound = self.cfg.timeouts.state;
+        let bound = shim.timeouts().state;
         let what = || format!("ask the state of container {id}");
         let request = wire::StateRequest { id: id.to_string(), exec_id: String::new() };
         let answer = match call(bound, shim.task().state(bound, request)).await {
@@ -350,21 +353,21 @@ impl Inner {
 
     pub(super) async fn pause_task(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
-        let bound = self.cfg.timeouts.call;
+        let bound = shim.timeouts().call;
         let done = call(bound, shim.task().pause(bound, wire::PauseRequest { id: id.to_string() })).await;
         done.map(|_| ()).map_err(|e| e.within(&format!("pause container {id}"), bound))
     }
 
     pub(super) async fn resume_task(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
-        let bound = self.cfg.timeouts.call;
+        let bound = shim.timeouts().call;
         let done = call(bound, shim.task().resume(bound, wire::ResumeRequest { id: id.to_string() })).await;
         done.map(|_| ()).map_err(|e| e.within(&format!("resume container {id}"), bound))
     }
 
     pub(super) async fn update_task(self: &Arc<Self>, pod: &str, id: &str, resources: String) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
-        let bound = self.cfg.timeouts.call;
+        let bound = shim.timeouts().call;
         let resources = prost_types::Any { type_url: RESOURCES_URL.into(), value: resources.into_bytes() };
         let request = wire::UpdateTaskRequest { id: id.to_string(), resources: Some(resources), ..Default::default() };
         let done = call(bound, shim.task().update(bound, request)).await;
@@ -373,7 +376,7 @@ impl Inner {
 
     pub(super) async fn resize_task(self: &Arc<Self>, pod: &str, id: &str, width: u32, height: u32) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
-        let bound = self.cfg.timeouts.call;
+        let bound = shim.timeouts().call;
         let request = wire::ResizePtyRequest { id: id.to_string(), exec_id: String::new(), width, height };
         let done = call(bound, shim.task().resize_pty(bound, request)).await;
         done.map(|_| ()).map_err(|e| e.within(&format!("resize the terminal of container {id}"), bound))
@@ -381,7 +384,7 @@ impl Inner {
 
     pub(super) async fn close_stdin(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
         let (_, shim) = self.reach(pod).await?;
-        let bound = self.cfg.timeouts.call;
+        let bound = shim.timeouts().call;
         let request = wire::CloseIoRequest { id: id.to_string(), exec_id: String::new(), stdin: true };
         let done = call(bound, shim.task().close_io(bound, request)).await;
         done.map(|_| ()).map_err(|e| e.within(&format!("close stdin of container {id}"), bound))
@@ -397,7 +400,7 @@ impl Inner {
                 None => Ok(()),
             };
         }
-        let bound = self.cfg.timeouts.call;
+        let bound = shim.timeouts().call;
         let request = proto::longshore_shim::ReopenLogRequest { id: id.to_string() };
         let done = call(bound, shim.longshore().reopen_log(bound, request)).await;
         done.map(|_| ()).map_err(|e| e.within(&format!("reopen the log of container {id}"), bound))
@@ -405,7 +408,7 @@ impl Inner {
 
     pub(super) async fn pids(self: &Arc<Self>, pod: &str, id: &str) -> Result<Vec<u32>> {
         let (_, shim) = self.reach(pod).await?;
-        let bound = self.cfg.timeouts.call;
+        let bound = shim.timeouts().call;
         match call(bound, shim.task().pids(bound, wire::PidsRequest { id: id.to_string() })).await {
             Ok(answer) => Ok(answer.processes.iter().map(|p| p.pid).collect()),
             Err(e) => Err(e.within(&format!("list the processes of container {id}"), bound)),

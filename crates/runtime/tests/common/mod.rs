@@ -4,7 +4,7 @@
 //! cgroups, also when a test has panicked.
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its part; a failure has to stop the test")]
 
-use longshore_runtime::shim_v2::{ShimConfig, ShimManager, Timeouts};
+use longshore_runtime::shim_v2::{Handler, ShimConfig, ShimManager, TaskOptions, Timeouts};
 use longshore_runtime::{ExecSyncSpec, PodSpec, RootfsMount, Runtime, RuntimeEvent, TaskIo, TaskSpec};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -72,7 +72,8 @@ impl Node {
     }
 
     pub fn config(&self) -> ShimConfig {
-        ShimConfig {
+        let handler = Handler {
+            name: "test".into(),
             shim: match self.kind {
                 Kind::Ours => our_shim(),
                 Kind::Go => "/usr/bin/containerd-shim-runc-v2".into(),
@@ -80,9 +81,13 @@ impl Node {
             runtime_binary: "/usr/sbin/runc".into(),
             runtime_root: self.root.join("runc"),
             systemd_cgroup: false,
+            options: TaskOptions::runc(),
+            timeouts: self.timeouts.clone(),
+        };
+        ShimConfig {
+            handlers: vec![handler],
             state: self.root.join("state"),
             namespace: NAMESPACE.into(),
-            timeouts: self.timeouts.clone(),
             shim_cgroup: Some(format!("/{}/shims", self.name)),
         }
     }
@@ -146,7 +151,7 @@ impl Node {
             ("io.kubernetes.cri.container-type".to_string(), "sandbox".to_string()),
             ("io.kubernetes.cri.sandbox-id".to_string(), id.to_string()),
         ]);
-        PodSpec { id: id.into(), annotations, bundle_gid: None }
+        PodSpec { id: id.into(), handler: String::new(), annotations, bundle_gid: None }
     }
 
     pub fn task(&self, pod: &str, id: &str, args: &[&str]) -> TaskSpec {

@@ -1,0 +1,111 @@
+//! The runtime handlers of this node: what each can do, and what the operator has
+//! chosen for its pods.
+
+use spec::{NodeFacts, NodePolicy};
+use types::{Error, Result};
+
+/// One handler.
+#[derive(Debug, Clone)]
+pub struct Handler {
+    /// What RunPodSandbox calls it.
+    pub name: String,
+    /// What the node can do with this handler's OCI runtime.
+    pub node: NodeFacts,
+    /// What the operator has chosen for its containers.
+    pub policy: NodePolicy,
+    /// Why it can't run pods, where it can't.
+    pub broken: Option<String>,
+}
+
+/// All of them; the first is the default one, and there is always one.
+#[derive(Debug, Clone)]
+pub struct Handlers {
+    default: Handler,
+    others: Vec<Handler>,
+}
+
+impl Handlers {
+    /// The default one and the others.
+    pub fn new(default: Handler, others: Vec<Handler>) -> Self {
+        Self { default, others }
+    }
+
+    /// That of pods which name none.
+    pub fn default_one(&self) -> &Handler {
+        &self.default
+    }
+
+    /// The default one first.
+    pub fn iter(&self) -> impl Iterator<Item = &Handler> {
+        std::iter::once(&self.default).chain(&self.others)
+    }
+
+    /// A handler by name; the empty name is the default one.
+    ///
+    /// # Errors
+    /// `NotFound`, naming those that there are.
+    pub fn find(&self, name: &str) -> Result<&Handler> {
+        if name.is_empty() {
+            return Ok(&self.default);
+        }
+        self.iter().find(|h| h.name == name).ok_or_else(|| {
+            let known: Vec<&str> = self.iter().map(|h| h.name.as_str()).collect();
+            Error::not_found(format!("no runtime handler {name:?} is configured"))
+                .hint(format!("there are: {}; the table [runtimes.{name}] would add it", known.join(", ")))
+        })
+    }
+
+    /// The handler that a new pod asks for.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for one that is not configured; `FailedPrecondition` for one
+    /// that can't run here.
+    pub fn admit(&self, name: &str) -> Result<&Handler> {
+        let handler = self.find(name).map_err(|e| e.with_kind(types::ErrorKind::InvalidArgument))?;
+        match &handler.broken {
+            Some(why) => {
+                Err(Error::precondition(format!("the runtime handler {:?} can't run pods: {why}", handler.name)))
+            }
+            None => Ok(handler),
+        }
+    }
+
+    /// The handler that a new container of an existing pod is made by.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` for one that is no longer configured.
+    pub fn of_pod(&self, name: &str) -> Result<&Handler> {
+        self.find(name).map_err(|_| {
+            Error::precondition(format!("its pod's runtime handler {name:?} is no longer configured"))
+                .hint("add it to the configuration again; until then the pod can only be stopped and removed")
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handler_is_found_by_name_or_refused_by_name() {
+        let one = |name: &str, broken: Option<&str>| Handler {
+            name: name.into(),
+            node: crate::facts::node_facts(None).unwrap(),
+            policy: NodePolicy::default(),
+            broken: broken.map(str::to_string),
+        };
+        let all = Handlers::new(one("runc", None), vec![one("crun", Some("it refuses this layout"))]);
+        assert_eq!(all.admit("").unwrap().name, "runc");
+        assert_eq!(all.admit("runc").unwrap().name, "runc");
+        let e = all.admit("kata").unwrap_err();
+        assert_eq!(e.kind(), types::ErrorKind::InvalidArgument);
+        assert!(e.to_string().contains("\"kata\"") && e.to_string().contains("runc, crun"), "{e}");
+        let e = all.admit("crun").unwrap_err();
+        assert_eq!(e.kind(), types::ErrorKind::FailedPrecondition);
+        assert!(e.to_string().contains("refuses this layout"), "{e}");
+        // A pod that it has goes on as far as it can.
+        assert_eq!(all.of_pod("crun").unwrap().name, "crun");
+        assert!(all.of_pod("kata").unwrap_err().to_string().contains("no longer configured"));
+    }
+}
