@@ -1,6 +1,7 @@
 //! A private daemon of ours.
 
 use crate::client::{Cri, pod};
+use crate::handler::handler;
 use crate::node::{Footprint, children, processes, wait_for};
 use proto::cri::PodSandboxConfig;
 use std::collections::BTreeSet;
@@ -61,6 +62,7 @@ impl Daemon {
         std::fs::create_dir(root.join("config.toml.d")).unwrap();
         let shims = format!("[runtime]\nshim_cgroup = \"/{cgroup}/shims\"\n");
         std::fs::write(root.join("config.toml.d/shims.toml"), shims).unwrap();
+        std::fs::write(root.join("config.toml.d/handler.toml"), handler().config()).unwrap();
         let mut daemon = Self { root, child: None, config: config.to_string(), cgroup, seen: Mutex::default() };
         daemon.begin().await;
         daemon
@@ -241,7 +243,7 @@ impl Daemon {
             .filter(|pid| {
                 let cwd = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
                 let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-                exe.to_string_lossy().contains("containerd-shim-longshore-v2") && cwd.to_string_lossy().contains(&own)
+                exe.to_string_lossy().contains(handler().shim()) && cwd.to_string_lossy().contains(&own)
             })
             .collect()
     }
