@@ -24,9 +24,7 @@ impl Handler {
     pub fn config(self) -> &'static str {
         match self {
             Self::Ours => "",
-            Self::GoShim => {
-                "[runtime]\nhandler = \"go-shim\"\n[runtimes.go-shim]\nshim = \"io.containerd.runc.v2\"\n"
-            }
+            Self::GoShim => "[runtime]\nhandler = \"go-shim\"\n[runtimes.go-shim]\nshim = \"io.containerd.runc.v2\"\n",
         }
     }
 
