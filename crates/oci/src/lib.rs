@@ -8,6 +8,7 @@
 //! detect.rs        which runtime this node has, and why others are passed over
 //! mounts.rs idmap.rs  the root file system's mounts in a bundle
 //! cgroup.rs        where a container's cgroups are, and what they tell
+//! oom.rs           the kernel's word that the OOM killer struck in one
 //! ```
 
 pub mod cgroup;
@@ -17,6 +18,7 @@ mod detect;
 pub mod idmap;
 mod message;
 pub mod mounts;
+pub mod oom;
 
 pub use children::{Call, Child, Children, Claim, Status};
 pub use command::{Command, Config};
