@@ -10,18 +10,19 @@ CARGO ?= cargo
 PREFIX ?= /usr/local
 BIN := $(CURDIR)/out/bin
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
-# The shim runs once per pod and the pod's init inside its root file system: small
-# and static (docs/decisions says how the flags were chosen).
+# The shim runs once per pod, the monitor once per container, and the pod's init inside
+# its root file system: small and static (docs/decisions says how the flags were chosen).
 SMALL := --profile small
 STATIC := -C target-feature=+crt-static
 
 build: deps
 	$(CARGO) build --release -p longshore
 	$(CARGO) rustc -p containerd-shim-longshore-v2 $(SMALL) --bin containerd-shim-longshore-v2 -- $(STATIC)
+	$(CARGO) rustc -p longshore-conmon $(SMALL) --bin longshore-conmon -- $(STATIC)
 	$(CARGO) rustc -p longshore-pod-init $(SMALL) --bin longshore-pod-init -- $(STATIC)
 	mkdir -p $(BIN)
 	install -m 0755 $(TARGET)/release/longshore $(TARGET)/small/containerd-shim-longshore-v2 \
-	  $(TARGET)/small/longshore-pod-init $(BIN)
+	  $(TARGET)/small/longshore-conmon $(TARGET)/small/longshore-pod-init $(BIN)
 
 demo: build
 	scripts/demo.sh $(BIN)
@@ -41,7 +42,8 @@ bench: deps-test build
 
 install: $(BIN)/longshore
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
-	install -m 0755 $(BIN)/longshore $(BIN)/containerd-shim-longshore-v2 $(BIN)/longshore-pod-init $(DESTDIR)$(PREFIX)/bin
+	install -m 0755 $(BIN)/longshore $(BIN)/containerd-shim-longshore-v2 $(BIN)/longshore-conmon \
+	  $(BIN)/longshore-pod-init $(DESTDIR)$(PREFIX)/bin
 	sed 's|@BINDIR@|$(PREFIX)/bin|' contrib/longshore.service \
 	  | install -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/lib/systemd/system/longshore.service
 

@@ -98,13 +98,45 @@ fn emit(head: &[u8], tag: u8, text: &[u8], out: &mut Vec<u8>) {
     out.push(b'\n');
 }
 
-/// RFC 3339 in UTC with nine digits of a second, as all CRI logs have it.
+/// The lines that the bytes of one read make where nothing is kept for the next:
+/// the text and the tag of each, P for what has no end yet. That is how conmon
+/// writes its log, so that a prompt is seen at once.
+pub fn pieces(bytes: &[u8]) -> impl Iterator<Item = (&[u8], u8)> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let (piece, tag, after) = match memchr::memchr(b'\n', rest) {
+            Some(end) => (&rest[..end], b'F', &rest[end + 1..]),
+            None => (rest, b'P', &rest[rest.len()..]),
+        };
+        rest = after;
+        Some((piece, tag))
+    })
+}
+
+/// RFC 3339 in UTC with nine digits of a second, as the CRI's logs have it.
 pub fn timestamp(at: SystemTime) -> String {
     let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    format!("{}Z", date_and_time(since))
+}
+
+/// The same in a zone that is `offset` seconds ahead of UTC, as conmon's log has it.
+pub fn local_timestamp(at: SystemTime, offset: i32) -> String {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let ahead = Duration::from_secs(u64::from(offset.unsigned_abs()));
+    let local = if offset < 0 { since.saturating_sub(ahead) } else { since + ahead };
+    let sign = if offset < 0 { '-' } else { '+' };
+    let minutes = offset.unsigned_abs() / 60;
+    format!("{}{sign}{:02}:{:02}", date_and_time(local), minutes / 60, minutes % 60)
+}
+
+fn date_and_time(since: Duration) -> String {
     let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
     let (year, month, day) = civil(days);
     format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:09}Z",
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:09}",
         second / 3600,
         second / 60 % 60,
         second % 60,
@@ -146,6 +178,22 @@ mod tests {
         ] {
             assert_eq!(timestamp(at(s, n)), want);
         }
+    }
+
+    #[test]
+    fn local_times_carry_their_offset() {
+        let then = at(1_475_712_429, 669_794_202);
+        assert_eq!(local_timestamp(then, 0), "2016-10-06T00:07:09.669794202+00:00");
+        assert_eq!(local_timestamp(then, 5 * 3600 + 1800), "2016-10-06T05:37:09.669794202+05:30");
+        assert_eq!(local_timestamp(then, -3600), "2016-10-05T23:07:09.669794202-01:00");
+    }
+
+    #[test]
+    fn pieces_keep_nothing() {
+        let all = |bytes| pieces(bytes).collect::<Vec<_>>();
+        assert_eq!(all(b"a\n\nb"), [(&b"a"[..], b'F'), (b"", b'F'), (b"b", b'P')]);
+        assert_eq!(all(b"a\n"), [(&b"a"[..], b'F')]);
+        assert!(all(b"").is_empty());
     }
 
     fn run(limit: usize, chunks: &[&[u8]]) -> String {

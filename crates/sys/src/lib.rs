@@ -1,8 +1,11 @@
 //! All unsafe code: descriptors, pidfds, namespaces, mounts, terminals.
+pub mod clock;
+pub mod fork;
 pub mod malloc;
 pub mod pidfd;
 pub mod process;
 pub mod pty;
+pub mod signals;
 pub mod spawn;
 
 pub mod link;

@@ -24,6 +24,10 @@ impl Signal {
     pub const TERM: Signal = Signal(15);
     /// SIGINT.
     pub const INT: Signal = Signal(2);
+    /// SIGQUIT.
+    pub const QUIT: Signal = Signal(3);
+    /// SIGCHLD.
+    pub const CHLD: Signal = Signal(17);
 
     /// The signal with this number.
     ///

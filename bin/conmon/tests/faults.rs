@@ -1,0 +1,191 @@
+//! The faults that the original is known for (behaviours.md section 2), and others of
+//! their kind.
+#![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
+
+mod harness;
+
+use harness::{Node, attach, receive, wait_for};
+use std::process::Command;
+use std::time::Duration;
+
+/// Nearly none: 100 ms in two seconds is what a loaded machine may add.
+const IDLE: u64 = 10;
+
+/// [conmon#545]: exits of short containers, while the machine has enough to do.
+#[test]
+fn no_exit_is_missed_under_load() {
+    let mut burners: Vec<_> =
+        (0..4).map(|_| Command::new("/bin/sh").args(["-c", "while :; do :; done"]).spawn().unwrap()).collect();
+    std::thread::scope(|s| {
+        let workers: Vec<_> = (0..4)
+            .map(|worker| {
+                s.spawn(move || {
+                    for round in 0..6 {
+                        let code = (worker * 10 + round).to_string();
+                        let n = Node::new(&["/bin/sh", "-c", &format!("echo {code}; exit {code}")]);
+                        let mut m = n.create(&[]);
+                        m.created();
+                        n.start();
+                        assert_eq!(n.exit(), code);
+                        assert_eq!(n.lines(&n.log()), [format!("F {code}")]);
+                        // An exec whose process ends before its runtime does.
+                        m.gone();
+                    }
+                })
+            })
+            .collect();
+        let results: Vec<_> = workers.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        for b in &mut burners {
+            let _ = b.kill();
+            let _ = b.wait();
+        }
+        assert!(results.iter().all(Result::is_ok));
+    });
+}
+
+/// Execs that end at once, many at a time: each is told, none as another's.
+#[test]
+fn no_exec_s_end_is_missed() {
+    let n = Node::new(&["/bin/sleep", "1000"]);
+    n.create(&[]).created();
+    n.start();
+    for code in 0..20 {
+        let process = n.process(&["/bin/sh", "-c", &format!("exit {code}")], false);
+        assert_eq!(n.exec(&process, &[]).line().unwrap()["exit_code"], code);
+    }
+}
+
+/// Spin on EAGAIN: a client that does not read stalls the container, costs nothing,
+/// and delays neither the exit nor, later, a single byte.
+#[test]
+fn a_client_that_does_not_read_costs_nothing() {
+    let n = Node::new(&["/bin/sh", "-c", "yes 0123456789 | head -c 2000000; exit 9"]);
+    let mut m = n.create(&[]);
+    m.created();
+    let client = attach(&n.path("sockets").join(&n.id).join("attach"));
+    n.start();
+    wait_for("output", || n.log().metadata().is_ok_and(|l| l.len() > 100_000));
+    let before = m.ticks();
+    std::thread::sleep(Duration::from_secs(2));
+    let spent = m.ticks() - before;
+    assert!(spent <= IDLE, "{spent} ticks");
+    let all = receive(&client, |_| false);
+    assert_eq!(all.len(), 2_000_000);
+    assert_eq!(n.exit(), "9");
+    m.gone();
+}
+
+/// The same with one that never reads again: its end is known all the same.
+#[test]
+fn an_exit_is_told_although_a_client_does_not_read() {
+    let n = Node::new(&["/bin/sh", "-c", "yes & sleep 1000"]);
+    let mut m = n.create(&[]);
+    m.created();
+    let client = attach(&n.path("sockets").join(&n.id).join("attach"));
+    n.start();
+    wait_for("output", || n.log().metadata().is_ok_and(|l| l.len() > 100_000));
+    n.runc(&["kill", &n.id, "KILL"]);
+    assert_eq!(n.exit(), "137");
+    let before = m.ticks();
+    std::thread::sleep(Duration::from_secs(1));
+    let spent = m.ticks() - before;
+    assert!(spent <= IDLE, "{spent} ticks while it waits for the client");
+    drop(client);
+    m.gone();
+}
+
+/// A log whose reader has stopped: a FIFO here, the journal for others.
+#[test]
+fn a_log_reader_that_stops_costs_nothing() {
+    let n = Node::new(&["/bin/yes"]);
+    let fifo = n.path("fifo");
+    stdio::fifo::make(&fifo).unwrap();
+    let reader = stdio::fifo::open_reader(&fifo).unwrap();
+    let mut m = n.create(&["-l", fifo.to_str().unwrap()]);
+    m.created();
+    n.start();
+    wait_for("a full FIFO", || rustix::io::ioctl_fionread(&reader).unwrap() > 10_000);
+    let before = m.ticks();
+    std::thread::sleep(Duration::from_secs(2));
+    let spent = m.ticks() - before;
+    assert!(spent <= IDLE, "{spent} ticks");
+    n.runc(&["kill", &n.id, "KILL"]);
+    assert_eq!(n.exit(), "137");
+    drop(reader);
+    m.gone();
+}
+
+/// A mounted tmpfs of a few pages, taken down also when the test fails.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(at: std::path::PathBuf) -> Self {
+        std::fs::create_dir_all(&at).unwrap();
+        let done = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "small"]).arg(&at).status().unwrap();
+        assert!(done.success());
+        Self(at)
+    }
+
+    fn fill(&self) {
+        let _ = std::fs::write(self.0.join("filler"), vec![0u8; 1 << 20]);
+        assert!(std::fs::write(self.0.join("more"), "x").is_err(), "it is full");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// [cri-o#9274]: the disk of exit files and log is full when the container ends.
+#[test]
+fn a_full_disk_leaves_no_container_running() {
+    let n = Node::new(&["/bin/sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.05; done; echo unheard; exit 4"]);
+    let disk = SmallDisk::mount(n.path("small"));
+    for d in ["exits", "persist"] {
+        std::fs::create_dir(disk.0.join(d)).unwrap();
+    }
+    let (exits, persist, log) = (disk.0.join("exits"), disk.0.join("persist"), disk.0.join("log"));
+    let marker = n.path("marker");
+    let script = format!("echo run > {}", marker.display());
+    let mut m = n.create(&[
+        "--exit-dir",
+        exits.to_str().unwrap(),
+        "--persist-dir",
+        persist.to_str().unwrap(),
+        "-l",
+        log.to_str().unwrap(),
+        "--exit-command",
+        "/bin/sh",
+        "--exit-command-arg",
+        "-c",
+        "--exit-command-arg",
+        &script,
+    ]);
+    m.created();
+    n.start();
+    disk.fill();
+    std::fs::write(n.path("bundle/rootfs/tmp/go"), "").unwrap();
+    m.gone();
+    assert_eq!(std::fs::read_to_string(exits.join(&n.id)).unwrap(), "4");
+    assert_eq!(std::fs::read_to_string(persist.join("exit")).unwrap(), "4");
+    assert!(marker.exists(), "the exit command has run");
+    drop(disk);
+}
+
+/// What is killed with a monitor is its runtime's call: no late create brings a
+/// container that nobody watches.
+#[test]
+fn a_call_ends_with_its_monitor() {
+    let n = Node::new(&["/bin/true"]);
+    let slow = n.path("slow");
+    let script = format!("#!/bin/sh\necho $$ > {0}/call\nexec sleep 1000\n", n.dir.path().display());
+    std::fs::write(&slow, script).unwrap();
+    std::fs::set_permissions(&slow, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let m = n.create(&["-r", slow.to_str().unwrap()]);
+    let call = || std::fs::read_to_string(n.path("call")).ok()?.trim().parse::<i32>().ok();
+    wait_for("the call", || call().is_some());
+    sys::pidfd::PidFd::open(m.pid).unwrap().signal(types::Signal::KILL).unwrap();
+    wait_for("the call's end", || !harness::alive(call().unwrap()));
+}
