@@ -1,15 +1,33 @@
 //! A pod's network namespace and what is in it.
 //!
 //! ```text
-//! netns.rs   where the namespaces are pinned
-//! types.rs   what a pod asks of its network and what it gets
+//! netns.rs     where the namespaces are pinned
+//! types.rs     what a pod asks of its network and what it gets
+//! builtin/     the network that needs nothing: bridge, addresses, masquerade
+//! host_ports/  ports of the node that lead to pods, with any network
+//! nft/         nf_tables' messages
+//! netlink/     links, addresses, routes, limits, tracked connections
 //! ```
 //!
 //! A new namespace has `lo` up (`sys::namespace` does that while it makes it) and
 //! nothing else.
 
+mod builtin;
+mod host_ports;
+mod netlink;
 mod netns;
+mod nft;
 mod types;
 
 pub use self::types::{AttachRequest, Attachment, Bandwidth, Dns, INTERFACE, Mac, Net, PortMapping, Protocol};
+pub use builtin::{Builtin, BuiltinConfig, InterfaceStats, IpRange, interface_stats};
+pub use host_ports::HostPorts;
 pub use netns::NetnsDir;
+
+/// Runs system calls that may wait for the kernel's locks where they hold nobody up.
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> ::types::Result<T> + Send + 'static,
+) -> ::types::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| ::types::Error::internal(what).because(e))?
+}

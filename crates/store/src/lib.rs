@@ -19,6 +19,7 @@ mod ballast;
 mod error;
 mod images;
 mod meta;
+mod network;
 mod pods;
 mod schema;
 mod snapshots;
@@ -26,6 +27,7 @@ mod writer;
 
 pub use error::SqlExt;
 pub use images::{ImageRecord, ManifestRecord};
+pub use network::{AddressRange, AddressWish, NetworkClaims, PortClaim};
 pub use pods::{ContainerRecord, PodRecord};
 pub use snapshots::{SnapshotKind, SnapshotRecord};
 

@@ -9,7 +9,8 @@ use crate::SqlExt;
 use rusqlite::Connection;
 use types::Result;
 
-const STEPS: &[&str] = &["
+const STEPS: &[&str] = &[
+    "
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
     value TEXT NOT NULL
@@ -69,7 +70,35 @@ CREATE TABLE snapshots (
     created_at_ns INTEGER NOT NULL
 );
 CREATE INDEX children_of_snapshot ON snapshots (parent);
-"];
+",
+    "
+CREATE TABLE pod_addresses (
+    range   TEXT NOT NULL,
+    number  INTEGER NOT NULL,
+    address TEXT NOT NULL,
+    pod_id  TEXT NOT NULL,
+    UNIQUE (range, number)
+);
+CREATE INDEX addresses_of_pod ON pod_addresses (pod_id);
+
+CREATE TABLE address_ranges (
+    range      TEXT PRIMARY KEY,
+    last_given INTEGER NOT NULL
+);
+
+CREATE TABLE host_ports (
+    pod_id         TEXT NOT NULL,
+    protocol       TEXT NOT NULL,
+    -- empty: every address of the node
+    host_ip        TEXT NOT NULL,
+    host_port      INTEGER NOT NULL,
+    container_port INTEGER NOT NULL,
+    target         TEXT NOT NULL,
+    UNIQUE (host_port, protocol, host_ip)
+);
+CREATE INDEX ports_of_pod ON host_ports (pod_id);
+",
+];
 
 /// Brings `connection`'s schema forward, each step in its own transaction.
 pub(crate) fn migrate(connection: &mut Connection) -> Result<()> {

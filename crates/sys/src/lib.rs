@@ -11,4 +11,5 @@ pub mod spawn;
 pub mod link;
 pub mod mount;
 pub mod namespace;
+pub mod netlink;
 pub mod ns_helper;

@@ -1,0 +1,360 @@
+//! The built-in network: a bridge in the node, a veth pair per pod, addresses from
+//! ranges of our own, masquerade and host ports by nftables. No program is run.
+//!
+//! ```text
+//!            node                                   pod
+//!   longshore0  10.85.0.1/16, fd…::1/64
+//!      └── lsh0123456789ab ═══ veth ═══ eth0  10.85.0.7/16, fd…::7/64
+//!                                        default via 10.85.0.1, fd…::1
+//!   attach: claim addresses ─► claim and lead host ports ─► make the link
+//!   detach: host ports ─► link ─► free addresses
+//! ```
+//!
+//! Claims are committed before anything is made of them and freed last, so that a
+//! crash leaves at most what [`Builtin::reconcile`] finds by the pod's id.
+
+mod node;
+mod pod;
+mod range;
+
+pub use pod::InterfaceStats;
+pub use range::IpRange;
+pub(crate) use range::network_of;
+
+use crate::host_ports::Localnet;
+use crate::netlink::Socket;
+use crate::{AttachRequest, Attachment, HostPorts, Net};
+use ::types::{Error, Result};
+use node::Node;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use store::{AddressWish, Store};
+
+/// How the built-in network is to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuiltinConfig {
+    /// The bridge's name.
+    pub bridge: String,
+    /// Where addresses come from. A pod gets one of each family that is here; of
+    /// several ranges of a family, the first with a free address gives it.
+    pub ranges: Vec<IpRange>,
+    /// The largest packet of the pods' interfaces in bytes; `None` takes it from the
+    /// interface of the node's default route.
+    pub mtu: Option<u32>,
+    /// The name of our nftables table, family inet. Whatever has it is replaced.
+    pub table: String,
+    /// Whether what pods send elsewhere has the node's address.
+    pub masquerade: bool,
+}
+
+impl BuiltinConfig {
+    /// Ranges that no usual network has: one of IPv4, and one of IPv6 where this
+    /// node has IPv6.
+    pub fn default_ranges() -> Vec<IpRange> {
+        let six = Path::new("/proc/sys/net/ipv6").exists();
+        let all = ["10.85.0.0/16", "fd4c:6f6e:6773::/64"].iter().filter_map(|r| r.parse::<IpRange>().ok());
+        all.filter(|r| six || r.gateway().address.is_ipv4()).collect()
+    }
+}
+
+impl Default for BuiltinConfig {
+    fn default() -> Self {
+        Self {
+            bridge: "longshore0".into(),
+            ranges: Self::default_ranges(),
+            mtu: None,
+            table: "longshore".into(),
+            masquerade: true,
+        }
+    }
+}
+
+/// The built-in network; clones share it.
+#[derive(Debug, Clone)]
+pub struct Builtin {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: BuiltinConfig,
+    store: Store,
+    ports: HostPorts,
+    node: Mutex<Option<Node>>,
+}
+
+impl Builtin {
+    /// Reads what is held. Bridge and table are made with the first pod.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a configuration that can't work; when the database
+    /// can't be read.
+    pub async fn open(config: BuiltinConfig, store: Store) -> Result<Self> {
+        let ports = HostPorts::open(&config.table, store.clone()).await?;
+        Self::with_host_ports(config, store, ports)
+    }
+
+    /// The same with host ports that other networks use too.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a configuration that can't work.
+    pub fn with_host_ports(config: BuiltinConfig, store: Store, ports: HostPorts) -> Result<Self> {
+        check(&config)?;
+        Ok(Self { inner: Arc::new(Inner { config, store, ports, node: Mutex::new(None) }) })
+    }
+
+    /// The host ports, for pods of other networks.
+    pub fn host_ports(&self) -> &HostPorts {
+        &self.inner.ports
+    }
+
+    /// Attaches a pod whose namespace has no `eth0` yet. What was begun when an error
+    /// comes is undone; what is left when this future is dropped goes with
+    /// [`Self::detach`].
+    ///
+    /// # Errors
+    /// `AlreadyExists` naming the pod that holds a wanted port or address, or when
+    /// this one is attached; `ResourceExhausted` naming a range without addresses;
+    /// `InvalidArgument` for an address of no range.
+    pub async fn attach(&self, request: &AttachRequest) -> Result<Attachment> {
+        let wishes = wishes(&self.inner.config.ranges, &request.static_ips)
+            .map_err(|e| e.within(format!("attach pod {}", request.pod_id)))?;
+        let addresses = self.inner.store.claim_addresses(&request.pod_id, wishes).await?;
+        match self.attach_with(request, &addresses).await {
+            Ok(attachment) => Ok(attachment),
+            Err(e) => {
+                let undone = self.detach(&request.pod_id).await;
+                Error::join("undo", undone.err().into_iter().collect())
+                    .map_err(|u| Error::new(e.kind(), format!("{e}; {u}")))?;
+                Err(e)
+            }
+        }
+    }
+
+    async fn attach_with(&self, request: &AttachRequest, addresses: &[IpAddr]) -> Result<Attachment> {
+        let ranges: Vec<(IpRange, IpAddr)> = addresses.iter().filter_map(|a| Some((self.range_of(*a)?, *a))).collect();
+        let addresses: Vec<Net> = ranges.iter().map(|(r, a)| Net { address: *a, prefix: r.network().prefix }).collect();
+        let Some(first) = addresses.first() else {
+            return Err(Error::precondition("the built-in network has no range of addresses"));
+        };
+        let mac = request.mac.unwrap_or_else(|| node::mac_for(first.address));
+        let gateways: Vec<IpAddr> = ranges.iter().map(|(r, _)| r.gateway().address).collect();
+        let plug = pod::Plug {
+            pod_id: request.pod_id.clone(),
+            netns: request.netns.clone(),
+            mac,
+            addresses: addresses.clone(),
+            gateways: gateways.clone(),
+            bandwidth: request.bandwidth,
+        };
+        let this = self.clone();
+        let node = crate::blocking("attach a pod", move || this.plug(&plug)).await?;
+        self.inner.ports.lead(&request.pod_id, &addresses, &request.ports, Localnet::Done).await?;
+        let host_interface = Some(pod::host_interface(&request.pod_id));
+        Ok(Attachment { addresses, gateways, mac: Some(mac), host_interface, mtu: Some(node.mtu) })
+    }
+
+    /// Makes the link, and once more if the bridge turns out to be gone.
+    fn plug(&self, plug: &pod::Plug) -> Result<Node> {
+        let node = self.prepare()?;
+        let Err(e) = plug.make(node) else { return Ok(node) };
+        if node::stands(&self.inner.config, node)? {
+            return Err(e);
+        }
+        *self.node() = None;
+        pod::unplug(&pod::host_interface(&plug.pod_id))?;
+        let node = self.prepare()?;
+        plug.make(node).map(|()| node)
+    }
+
+    /// The bridge, the sysctls and the table.
+    fn prepare(&self) -> Result<Node> {
+        let config = &self.inner.config;
+        let mut ready = self.node();
+        let node = match *ready {
+            Some(node) => node,
+            None => node::ensure(config).map_err(|e| e.within("prepare the node for the built-in network"))?,
+        };
+        let ranges = if config.masquerade { &config.ranges[..] } else { &[] };
+        let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
+        self.inner.ports.rules().masquerade(&socket, ranges)?;
+        *ready = Some(node);
+        Ok(node)
+    }
+
+    /// Takes a pod's host ports, link and addresses away; what isn't there is as good.
+    /// Its namespace need not exist any more.
+    ///
+    /// # Errors
+    /// Lists what is left; addresses that may be in use stay held.
+    pub async fn detach(&self, pod_id: &str) -> Result<()> {
+        self.remove(pod_id, pod::host_interface(pod_id)).await
+    }
+
+    async fn remove(&self, pod_id: &str, interface: String) -> Result<()> {
+        let ports = self.inner.ports.remove(pod_id).await;
+        let link = crate::blocking("detach a pod", move || pod::unplug(&interface)).await;
+        let freed = match link {
+            Ok(()) => self.inner.store.free_addresses(pod_id).await.map(drop),
+            Err(e) => Err(e),
+        };
+        let errors = [ports.err(), freed.err()].into_iter().flatten().collect();
+        Error::join(&format!("detach pod {pod_id} from the network"), errors)
+    }
+
+    /// Frees what no pod of `live` holds: addresses, ports, links; and makes the table
+    /// as it should be. Returns what was removed.
+    ///
+    /// # Errors
+    /// Lists all that failed; the rest is done.
+    pub async fn reconcile(&self, live: &BTreeSet<String>) -> Result<Vec<String>> {
+        let (mut removed, mut failed) = (Vec::new(), Vec::new());
+        let bridge = self.inner.config.bridge.clone();
+        let plugged = crate::blocking("list the bridge's ports", move || node::plugged(&bridge)).await?;
+        let held = self.inner.store.network_claims().await?;
+        for claims in held.iter().filter(|c| !c.addresses.is_empty() && !live.contains(&c.pod_id)) {
+            let addresses: Vec<String> = claims.addresses.iter().map(|(_, a)| a.to_string()).collect();
+            match self.detach(&claims.pod_id).await {
+                Ok(()) => removed.push(format!("addresses {} of pod {}", addresses.join(", "), claims.pod_id)),
+                Err(e) => failed.push(e),
+            }
+        }
+        let expected: BTreeSet<String> = live.iter().map(|p| pod::host_interface(p)).collect();
+        for (name, alias) in plugged.into_iter().filter(|(n, _)| n.starts_with(pod::PREFIX) && !expected.contains(n)) {
+            let whose = alias.as_deref().and_then(|a| a.strip_prefix(pod::ALIAS)).unwrap_or("unknown").to_owned();
+            let link = name.clone();
+            match crate::blocking("remove a link", move || pod::unplug(&link)).await {
+                Ok(()) => removed.push(format!("interface {name} of pod {whose}")),
+                Err(e) => failed.push(e),
+            }
+        }
+        if held.iter().any(|c| !c.addresses.is_empty() && live.contains(&c.pod_id)) {
+            let this = self.clone();
+            failed.extend(crate::blocking("prepare the node", move || this.prepare()).await.err());
+        }
+        match self.inner.ports.reconcile(live).await {
+            Ok(ports) => removed.extend(ports),
+            Err(e) => failed.push(e),
+        }
+        Error::join("reconcile the built-in network", failed).map(|()| removed)
+    }
+
+    /// Removes the bridge and the table where no pod needs them.
+    ///
+    /// # Errors
+    /// Names what can't be removed.
+    pub async fn release(&self) -> Result<()> {
+        let held = self.inner.store.network_claims().await?;
+        if held.iter().any(|c| !c.addresses.is_empty()) {
+            return Ok(());
+        }
+        let this = self.clone();
+        let bridge = crate::blocking("remove the bridge", move || {
+            let mut ready = this.node();
+            if node::remove_bridge(&this.inner.config.bridge)? {
+                *ready = None;
+                this.inner.ports.rules().forget_ranges();
+            }
+            Ok(())
+        })
+        .await;
+        let table = self.inner.ports.release().await.map(drop);
+        Error::join("release the built-in network", [bridge.err(), table.err()].into_iter().flatten().collect())
+    }
+
+    fn range_of(&self, address: IpAddr) -> Option<IpRange> {
+        self.inner.config.ranges.iter().copied().find(|r| r.contains(address))
+    }
+
+    /// The bridge, once it has been made; held only over system calls.
+    fn node(&self) -> MutexGuard<'_, Option<Node>> {
+        self.inner.node.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn check(config: &BuiltinConfig) -> Result<()> {
+    let name = &config.bridge;
+    if name.is_empty() || name.len() > 15 || name.contains(['/', ' ']) || name == "." || name == ".." {
+        return Err(Error::invalid(format!("{name:?} can't be the name of a bridge")).hint("1 to 15 characters"));
+    }
+    for (at, range) in config.ranges.iter().enumerate() {
+        if let Some(other) = config.ranges[..at].iter().find(|o| o.overlaps(range.network())) {
+            return Err(Error::invalid(format!("the ranges {other} and {range} of pods' addresses overlap")));
+        }
+    }
+    if config.ranges.is_empty() {
+        return Err(Error::invalid("the built-in network needs a range of pods' addresses"));
+    }
+    Ok(())
+}
+
+/// One address per family that has ranges, those that the pod names first.
+fn wishes(ranges: &[IpRange], wanted: &[Net]) -> Result<Vec<AddressWish>> {
+    let mut wishes = Vec::new();
+    for v4 in [true, false] {
+        let of_family: Vec<IpRange> = ranges.iter().copied().filter(|r| r.network().address.is_ipv4() == v4).collect();
+        let mut named = false;
+        for net in wanted.iter().filter(|n| n.address.is_ipv4() == v4) {
+            let exact =
+                of_family.iter().find_map(|r| Some(AddressWish::Exactly(r.addresses(), r.number(net.address)?)));
+            wishes.push(exact.ok_or_else(|| no_range(net.address, ranges))?);
+            named = true;
+        }
+        if !named && !of_family.is_empty() {
+            wishes.push(AddressWish::Next(of_family.iter().map(|r| r.addresses()).collect()));
+        }
+    }
+    Ok(wishes)
+}
+
+fn no_range(address: IpAddr, ranges: &[IpRange]) -> Error {
+    let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+    Error::invalid(format!("{address} is no address that a pod can have"))
+        .hint(format!("the built-in network gives out addresses of {}", ranges.join(", ")))
+}
+
+/// The counters of every interface in the namespace pinned at `netns`.
+///
+/// # Errors
+/// Names a namespace that can't be entered.
+pub async fn interface_stats(netns: &Path) -> Result<Vec<InterfaceStats>> {
+    let netns = netns.to_owned();
+    crate::blocking("read interface statistics", move || pod::stats(&netns)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_gets_one_address_per_family_or_those_it_names() {
+        let ranges = ["10.85.0.0/24", "10.86.0.0/24", "fd00::/64"].map(|r| r.parse().unwrap());
+        let plain = wishes(&ranges, &[]).unwrap();
+        assert!(matches!(&plain[..], [AddressWish::Next(v4), AddressWish::Next(v6)] if v4.len() == 2 && v6.len() == 1));
+        let wanted = ["10.86.0.9".parse::<IpAddr>().unwrap().into()];
+        let named = wishes(&ranges, &wanted).unwrap();
+        assert!(matches!(&named[..], [AddressWish::Exactly(r, 9), AddressWish::Next(_)] if r.name == "10.86.0.0/24"));
+        for bad in ["10.87.0.1", "10.85.0.1", "10.85.0.255"] {
+            let e = wishes(&ranges, &[bad.parse::<IpAddr>().unwrap().into()]).unwrap_err().to_string();
+            assert!(e.contains(bad) && e.contains("10.86.0.0/24"), "{e}");
+        }
+    }
+
+    #[test]
+    fn what_can_t_work_is_refused_before_anything_is_made() {
+        let good = BuiltinConfig::default();
+        check(&good).unwrap();
+        for bad in [
+            BuiltinConfig { bridge: "a-name-that-is-too-long".into(), ..good.clone() },
+            BuiltinConfig { ranges: vec![], ..good.clone() },
+            BuiltinConfig {
+                ranges: ["10.0.0.0/8", "10.1.0.0/16"].map(|r| r.parse().unwrap()).to_vec(),
+                ..good.clone()
+            },
+        ] {
+            assert!(check(&bad).is_err(), "{bad:?}");
+        }
+    }
+}

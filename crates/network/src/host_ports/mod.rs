@@ -1,0 +1,329 @@
+//! Ports of the node that lead to pods.
+//!
+//! ```text
+//! add ──► claims in the database ──► elements in our nftables table (rules.rs)
+//!                                └─► route_localnet, for 127.0.0.1
+//!                                └─► tracked UDP peers forgotten
+//! remove: the other way round
+//! ```
+//!
+//! Of use with any network whose pods have addresses of their own: the built-in one
+//! and CNI networks without `portmap`. What can't be had: `[::1]`, since IPv6 has no
+//! `route_localnet`; it is refused by the node as if nobody listened.
+
+mod rules;
+
+pub(crate) use rules::Rules;
+
+use crate::netlink::{Socket, conntrack, route};
+use crate::{Net, PortMapping, Protocol};
+use ::types::{Error, Result};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use store::{PortClaim, Store};
+
+/// One port of the node and the one address that it leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Forward {
+    pub(crate) protocol: Protocol,
+    /// `None`: every address of the node of the target's family.
+    pub(crate) host_ip: Option<IpAddr>,
+    pub(crate) host_port: u16,
+    pub(crate) target: Net,
+    pub(crate) container_port: u16,
+}
+
+/// Who sees to it that answers to 127.0.0.1 are let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Localnet {
+    /// The interface is prepared already.
+    Done,
+    /// The interface that leads to the pod is prepared.
+    ByRoute,
+}
+
+/// The node's ports, in a table of our own; clones share it.
+#[derive(Debug, Clone)]
+pub struct HostPorts {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    store: Store,
+    rules: Mutex<Rules>,
+}
+
+impl HostPorts {
+    /// Reads what is held. The table `inet TABLE` is made with the first change.
+    ///
+    /// # Errors
+    /// When the database can't be read.
+    pub async fn open(table: &str, store: Store) -> Result<Self> {
+        let mut pods = BTreeMap::new();
+        for claims in store.network_claims().await? {
+            let mut all = Vec::new();
+            for (claim, target) in &claims.ports {
+                match forwards_of(claim, target) {
+                    Ok(some) => all.extend(some),
+                    Err(e) => tracing::warn!(pod = claims.pod_id, error = %e, "a stored host port is left out"),
+                }
+            }
+            if !all.is_empty() {
+                pods.insert(claims.pod_id, all);
+            }
+        }
+        let rules = Mutex::new(Rules::new(table.to_owned(), pods));
+        Ok(Self { inner: Arc::new(Inner { store, rules }) })
+    }
+
+    /// Leads `ports` to the pod's `addresses`, of which the first of each family
+    /// counts. All of them are there afterwards, or none.
+    ///
+    /// # Errors
+    /// `AlreadyExists` naming the pod that holds one, `InvalidArgument` for a port
+    /// that can't be had, `FailedPrecondition` where the kernel lacks nf_tables.
+    pub async fn add(&self, pod_id: &str, addresses: &[Net], ports: &[PortMapping]) -> Result<()> {
+        self.lead(pod_id, addresses, ports, Localnet::ByRoute).await
+    }
+
+    pub(crate) async fn lead(
+        &self,
+        pod_id: &str,
+        addresses: &[Net],
+        ports: &[PortMapping],
+        localnet: Localnet,
+    ) -> Result<()> {
+        if ports.is_empty() {
+            return Ok(());
+        }
+        let all = forwards(addresses, ports).map_err(|e| e.within(format!("host ports of pod {pod_id}")))?;
+        let target = targets(addresses).iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        self.inner.store.claim_ports(pod_id, claims(ports), &target).await?;
+        let (ports, pod) = (self.clone(), pod_id.to_owned());
+        let led = crate::blocking("lead host ports", move || ports.install(&pod, all, localnet)).await;
+        match led {
+            Ok(()) => Ok(()),
+            Err(e) => {
+                let undone = self.remove(pod_id).await;
+                Error::join("host ports", std::iter::once(e).chain(undone.err()).collect())
+            }
+        }
+    }
+
+    fn install(&self, pod_id: &str, all: Vec<Forward>, localnet: Localnet) -> Result<()> {
+        let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
+        let udp = udp_ports(&all);
+        if localnet == Localnet::ByRoute {
+            let targets: BTreeSet<IpAddr> = all.iter().map(|f| f.target.address).collect();
+            targets.into_iter().try_for_each(let_loopback_in)?;
+        }
+        self.rules().set(&socket, pod_id, all)?;
+        // A peer that was sending before the port led here must come here now.
+        conntrack::forget(&socket, rules::number(Protocol::Udp), &udp)
+    }
+
+    /// Takes a pod's ports away; none is success. Without its namespace, too.
+    ///
+    /// # Errors
+    /// Names what is left; the ports stay claimed then.
+    pub async fn remove(&self, pod_id: &str) -> Result<()> {
+        if self.rules().has(pod_id) {
+            let (ports, pod) = (self.clone(), pod_id.to_owned());
+            crate::blocking("take host ports away", move || ports.uninstall(&pod)).await?;
+        }
+        self.inner.store.free_ports(pod_id).await?;
+        Ok(())
+    }
+
+    fn uninstall(&self, pod_id: &str) -> Result<()> {
+        let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
+        let udp = {
+            let mut rules = self.rules();
+            let udp = udp_ports(rules.of(pod_id));
+            rules.set(&socket, pod_id, Vec::new())?;
+            udp
+        };
+        conntrack::forget(&socket, rules::number(Protocol::Udp), &udp)
+    }
+
+    /// Takes the ports of all pods but `live` away, and makes the table as it should
+    /// be, whatever it was. Returns what was removed.
+    ///
+    /// # Errors
+    /// Lists all that failed.
+    pub async fn reconcile(&self, live: &BTreeSet<String>) -> Result<Vec<String>> {
+        let (mut removed, mut failed) = (Vec::new(), Vec::new());
+        let stored = self.inner.store.network_claims().await?;
+        let stored = stored.into_iter().filter(|c| !c.ports.is_empty()).map(|c| c.pod_id);
+        let known: BTreeSet<String> = self.rules().pods().into_iter().chain(stored).collect();
+        for pod in known.iter().filter(|p| !live.contains(*p)) {
+            match self.remove(pod).await {
+                Ok(()) => removed.push(format!("host ports of pod {pod}")),
+                Err(e) => failed.push(e),
+            }
+        }
+        let ports = self.clone();
+        failed.extend(crate::blocking("make the table", move || ports.restore()).await.err());
+        Error::join("reconcile host ports", failed).map(|()| removed)
+    }
+
+    fn restore(&self) -> Result<()> {
+        let mut rules = self.rules();
+        if rules.is_empty() {
+            return Ok(());
+        }
+        rules.make(&Socket::open(sys::netlink::Protocol::Netfilter)?)
+    }
+
+    /// Removes the table where no pod has a port and nothing else needs it; true
+    /// when it is gone.
+    ///
+    /// # Errors
+    /// Names the table.
+    pub async fn release(&self) -> Result<bool> {
+        let ports = self.clone();
+        crate::blocking("release the table", move || {
+            let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
+            ports.rules().release(&socket)
+        })
+        .await
+    }
+
+    /// The rules; blocking work on them is a few system calls.
+    pub(crate) fn rules(&self) -> MutexGuard<'_, Rules> {
+        self.inner.rules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lets answers to 127.0.0.1 in by the interface that leads to a pod. Packets to
+/// 127/8 from there are dropped by the table.
+fn let_loopback_in(pod: IpAddr) -> Result<()> {
+    if pod.is_ipv6() {
+        return Ok(());
+    }
+    let socket = Socket::open(sys::netlink::Protocol::Route)?;
+    let Some(index) = route::interface_towards(&socket, pod)? else { return Ok(()) };
+    match route::link_at(&socket, index)? {
+        Some(link) if link.name != "lo" => {
+            route::set_conf("ipv4", &link.name, "route_localnet", "1")?;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn udp_ports(all: &[Forward]) -> Vec<u16> {
+    let ports: BTreeSet<u16> = all.iter().filter(|f| f.protocol == Protocol::Udp).map(|f| f.host_port).collect();
+    ports.into_iter().collect()
+}
+
+/// The first address of each family.
+fn targets(addresses: &[Net]) -> Vec<Net> {
+    let of = |v4: bool| addresses.iter().find(|n| n.address.is_ipv4() == v4).copied();
+    [of(true), of(false)].into_iter().flatten().collect()
+}
+
+fn claims(ports: &[PortMapping]) -> Vec<PortClaim> {
+    let mut all: Vec<PortClaim> = Vec::new();
+    for port in ports {
+        let claim = PortClaim {
+            protocol: port.protocol.name().to_owned(),
+            host_ip: port.host_ip,
+            host_port: port.host_port,
+            container_port: port.container_port,
+        };
+        // The same mapping twice is one.
+        if !all.contains(&claim) {
+            all.push(claim);
+        }
+    }
+    all
+}
+
+fn forwards(addresses: &[Net], ports: &[PortMapping]) -> Result<Vec<Forward>> {
+    let targets = targets(addresses);
+    let mut all = Vec::new();
+    for port in ports {
+        let some = forward(port, &targets)?;
+        all.extend(some.into_iter().filter(|f| !all.contains(f)).collect::<Vec<_>>());
+    }
+    Ok(all)
+}
+
+/// A mapping once per family that it is for.
+fn forward(port: &PortMapping, targets: &[Net]) -> Result<Vec<Forward>> {
+    let PortMapping { protocol, container_port, host_port, host_ip } = *port;
+    let what = || format!("host port {host_port}/{}", protocol.name());
+    if host_port == 0 || container_port == 0 {
+        return Err(Error::invalid(what()).because("a port is 1 to 65535"));
+    }
+    if host_ip == Some(std::net::Ipv6Addr::LOCALHOST.into()) {
+        return Err(Error::invalid(format!("{} on ::1", what()))
+            .because("IPv6 can't redirect its loopback address")
+            .hint("use 127.0.0.1, or another address of the node"));
+    }
+    let meant = |t: &&Net| host_ip.is_none_or(|h| h.is_ipv4() == t.address.is_ipv4());
+    let host_ip_only = host_ip.filter(|h| !h.is_unspecified());
+    let all: Vec<Forward> = targets
+        .iter()
+        .filter(meant)
+        .map(|target| Forward { protocol, host_ip: host_ip_only, host_port, target: *target, container_port })
+        .collect();
+    match host_ip {
+        Some(ip) if all.is_empty() => {
+            Err(Error::precondition(format!("{} on {ip}", what())).because("the pod has no address of that family"))
+        }
+        _ if all.is_empty() => Err(Error::precondition(what()).because("the pod has no address")),
+        _ => Ok(all),
+    }
+}
+
+/// What a stored claim stands for.
+fn forwards_of(claim: &PortClaim, target: &str) -> Result<Vec<Forward>> {
+    let protocol = match claim.protocol.as_str() {
+        "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        "sctp" => Protocol::Sctp,
+        other => return Err(Error::invalid(format!("{other:?} is no protocol with ports"))),
+    };
+    let addresses = target.split_whitespace().map(str::parse).collect::<Result<Vec<Net>>>()?;
+    let port = PortMapping {
+        protocol,
+        container_port: claim.container_port,
+        host_port: claim.host_port,
+        host_ip: claim.host_ip,
+    };
+    forward(&port, &addresses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(host_ip: Option<&str>) -> PortMapping {
+        PortMapping {
+            protocol: Protocol::Tcp,
+            container_port: 80,
+            host_port: 8080,
+            host_ip: host_ip.map(|h| h.parse().unwrap()),
+        }
+    }
+
+    #[test]
+    fn a_host_ip_picks_the_family() {
+        let both: Vec<Net> = ["10.85.0.2/16", "fd00::2/64"].map(|n| n.parse().unwrap()).to_vec();
+        let count =
+            |host_ip: Option<&str>, addresses: &[Net]| forwards(addresses, &[mapping(host_ip)]).map(|f| f.len());
+        assert_eq!(count(None, &both).unwrap(), 2);
+        assert_eq!(count(Some("0.0.0.0"), &both).unwrap(), 1);
+        assert_eq!(count(Some("::"), &both).unwrap(), 1);
+        assert_eq!(count(Some("127.0.0.1"), &both).unwrap(), 1);
+        assert!(count(Some("fd00::9"), &both[..1]).unwrap_err().to_string().contains("of that family"));
+        assert!(count(Some("::1"), &both).unwrap_err().to_string().contains("loopback"));
+        assert!(count(None, &[]).is_err());
+        let twice = forwards(&both, &[mapping(None), mapping(None)]).unwrap();
+        assert_eq!(twice.len(), 2, "the same mapping twice is one");
+    }
+}

@@ -1,0 +1,56 @@
+//! Netlink sockets. What is said over them is `network`'s.
+
+use rustix::fd::OwnedFd;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink};
+use std::os::fd::AsRawFd;
+use types::{Result, ResultExt};
+
+/// Whom a socket speaks to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// Links, addresses, routes, queueing disciplines.
+    Route,
+    /// nf_tables and connection tracking.
+    Netfilter,
+}
+
+/// A socket of the calling thread's network namespace, and of that one for good,
+/// wherever it is used later. Errors come with the kernel's own words and without
+/// a copy of the request.
+///
+/// # Errors
+/// When the kernel gives none.
+pub fn open(protocol: Protocol) -> Result<OwnedFd> {
+    let number = match protocol {
+        Protocol::Route => None,
+        Protocol::Netfilter => Some(netlink::NETFILTER),
+    };
+    let fd = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, number)
+        .context(|| format!("open a netlink socket ({protocol:?})"))?;
+    for option in [libc::NETLINK_EXT_ACK, libc::NETLINK_CAP_ACK] {
+        let on: libc::c_int = 1;
+        // SAFETY: the value is an int that outlives the call, of the length given.
+        // A kernel without the option (before 4.12) says no words; nothing is lost.
+        let _ = unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_NETLINK,
+                option,
+                (&raw const on).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+    }
+    Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_kinds_can_be_had() {
+        open(Protocol::Route).unwrap();
+        open(Protocol::Netfilter).unwrap();
+    }
+}
