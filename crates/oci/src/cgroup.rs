@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use sys::pidfd::PidFd;
-use types::{Result, ResultExt, Signal};
+use types::{Error, Result, ResultExt, Signal};
 
 /// Where a container's cgroups are.
 #[derive(Debug, Clone, Default)]
@@ -13,6 +13,8 @@ pub struct Cgroup {
     v1: BTreeMap<String, PathBuf>,
     /// The v2 directory, where v2 has controllers.
     v2: Option<PathBuf>,
+    /// The v2 directory of a hybrid, which has no controllers.
+    bare: Option<PathBuf>,
 }
 
 /// A mounted hierarchy: the part of it that is mounted, and where.
@@ -87,7 +89,7 @@ impl Cgroup {
         }
         // In a hybrid the v2 side has no controllers and nothing to say.
         if c.v1.contains_key("memory") || c.v1.contains_key("pids") {
-            c.v2 = None;
+            c.bare = c.v2.take();
         }
         c
     }
@@ -142,6 +144,16 @@ impl Cgroup {
         self.signal_all(Signal::KILL)
     }
 
+    /// Removes its directories and those below; none must have a process any more.
+    ///
+    /// # Errors
+    /// Naming those that stay.
+    pub fn remove(&self) -> Result<()> {
+        let all = self.v1.values().chain(&self.v2).chain(&self.bare);
+        // Controllers that are mounted together have one directory.
+        Error::join("remove the cgroup", all.filter_map(|dir| remove(dir, 0).err()).collect())
+    }
+
     /// How often the OOM killer has struck in it.
     pub fn oom_kills(&self) -> u64 {
         let from = |dir: Option<&Path>, file: &str| {
@@ -160,6 +172,20 @@ impl Cgroup {
     /// The cgroup's path, as it is told to people.
     pub fn name(&self) -> Option<String> {
         self.v2().or_else(|| self.v1("memory")).map(|p| p.display().to_string())
+    }
+}
+
+fn remove(dir: &Path, depth: usize) -> Result<()> {
+    if depth <= 16 {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                remove(&entry.path(), depth + 1)?;
+            }
+        }
+    }
+    match std::fs::remove_dir(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).context(|| format!("remove {}", dir.display())),
+        _ => Ok(()),
     }
 }
 

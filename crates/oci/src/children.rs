@@ -179,14 +179,28 @@ fn watch(pidfd: PidFd) -> std::io::Result<AsyncFd<PidFd>> {
 
 /// All children of this process, whichever thread bore or inherited them.
 fn list_children() -> Result<Vec<i32>> {
+    children_of("self").context(|| "list the threads of this process".into())
+}
+
+fn children_of(process: &str) -> std::io::Result<Vec<i32>> {
     let mut all = Vec::new();
-    let tasks = std::fs::read_dir("/proc/self/task").context(|| "list the threads of this process".into())?;
-    for task in tasks.flatten() {
+    for task in std::fs::read_dir(format!("/proc/{process}/task"))?.flatten() {
         // A thread may be gone by now; its children have moved to another.
         let Ok(text) = std::fs::read_to_string(task.path().join("children")) else { continue };
         all.extend(text.split_ascii_whitespace().filter_map(|p| p.parse::<i32>().ok()));
     }
     Ok(all)
+}
+
+/// What a process has borne and what these have; at most a thousand.
+pub(crate) fn descendants(pid: i32) -> Vec<i32> {
+    let mut all = children_of(&pid.to_string()).unwrap_or_default();
+    let mut next = 0;
+    while next < all.len() && all.len() < 1000 {
+        all.extend(children_of(&all[next].to_string()).unwrap_or_default());
+        next += 1;
+    }
+    all
 }
 
 /// A runtime call under way.

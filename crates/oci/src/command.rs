@@ -2,19 +2,24 @@
 //!
 //! Each call is one short-lived process. It is spawned by `std` (vfork-like, so
 //! the cost does not grow with us), awaited by pidfd, and killed at its
-//! deadline. Its environment is PATH alone, and every descriptor of ours is
+//! deadline or when its caller gives it up. Its environment is PATH alone, and every descriptor of ours is
 //! close-on-exec, so nothing but the three standard streams reaches it or the
 //! container (CVE-2024-21626).
 
+use crate::children::descendants;
 use crate::{Checkpoint, Child, Children, Launch, Runtime, State, Stdio, message};
 use async_trait::async_trait;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use sys::pidfd::PidFd;
+use tokio::sync::watch;
 use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
 
 /// How a runtime's binary is called.
@@ -60,6 +65,21 @@ impl Config {
 pub struct Command {
     config: Config,
     children: Children,
+    abort: Option<watch::Receiver<bool>>,
+    victims: Option<Victims>,
+}
+
+type Tell = dyn Fn(&[i32]) + Send + Sync;
+
+/// Told of the processes that a call has borne when it has to be killed, while
+/// they still live.
+#[derive(Clone)]
+struct Victims(Arc<Tell>);
+
+impl std::fmt::Debug for Victims {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Victims")
+    }
 }
 
 /// How one call went.
@@ -79,7 +99,18 @@ enum Capture {
 impl Command {
     /// The binary of `config`; its processes enter the book `children`.
     pub fn new(config: Config, children: Children) -> Self {
-        Self { config, children }
+        Self { config, children, abort: None, victims: None }
+    }
+
+    /// The same binary, whose calls end early, with `Cancelled`, once `abort` has
+    /// become true. A call that ends early, for this reason or at its deadline, is
+    /// killed with its processes; `victims` is told of these first, in case more is
+    /// known by them of what the runtime has made and not yet written down: runc
+    /// writes its state only after the last hook, and can't delete what it does not
+    /// know.
+    #[must_use]
+    pub fn until(&self, abort: watch::Receiver<bool>, victims: impl Fn(&[i32]) + Send + Sync + 'static) -> Self {
+        Self { abort: Some(abort), victims: Some(Victims(Arc::new(victims))), ..self.clone() }
     }
 
     /// How it is configured.
@@ -114,6 +145,8 @@ impl Command {
             Capture::Stdout => Some(memory_file()?),
         };
         set_stdio(&mut command, stdio, stdout.as_ref())?;
+        // A group of its own: where the call has to be killed, its children go too.
+        command.process_group(0);
         let spawned = command.spawn().context(|| format!("start {} for {verb}", self.config.binary.display()));
         // The command holds our copies of the container's streams.
         drop(command);
@@ -124,17 +157,25 @@ impl Command {
         } else {
             self.config.deadline.min(SHORT)
         };
-        let status = match tokio::time::timeout(deadline, child.wait()).await {
-            Ok(s) => s.status,
-            Err(_) => {
-                let _ = child.signal(Signal::KILL);
+        let early = tokio::select! {
+            biased;
+            ended = child.wait() => Ok(ended.status),
+            () = aborted(self.abort.clone()) => {
+                Err(Error::new(ErrorKind::Cancelled, format!("{} {verb} was ended early, as was asked", self.name())))
+            }
+            () = tokio::time::sleep(deadline) => Err(Error::deadline(format!(
+                "{} {verb} took longer than {} s and was killed",
+                self.name(),
+                deadline.as_secs()
+            ))),
+        };
+        let status = match early {
+            Ok(status) => status,
+            Err(e) => {
+                self.kill_all(&child);
                 child.wait().await;
                 let _ = std::fs::remove_file(&log);
-                return Err(Error::deadline(format!(
-                    "{} {verb} took longer than {} s and was killed",
-                    self.name(),
-                    deadline.as_secs()
-                )));
+                return Err(e);
             }
         };
         // Only failures are of interest; a file that isn't there says nothing.
@@ -143,11 +184,28 @@ impl Command {
         Ok(Output { status, stdout, log: text })
     }
 
-    /// The same for one container: a failure names runtime, call, container and
-    /// the runtime's own words.
-    async fn call(&self, verb: &str, id: &str, args: &[&OsStr], stdio: Stdio, capture: Capture) -> Result<Output> {
-        let what = || format!("{} {verb} of container {id}", self.name());
-        let out = self.run(verb, args, stdio, capture).await.map_err(|e| e.within(what()))?;
+    /// Kills a call that has not been reaped yet, with all that it has borne: hooks
+    /// are in its group, the container's init is not.
+    fn kill_all(&self, call: &Child) {
+        let borne = descendants(call.pid());
+        if let Some(Victims(tell)) = &self.victims {
+            tell(&borne);
+        }
+        let held: Vec<PidFd> = borne.iter().filter_map(|pid| PidFd::open(*pid).ok()).collect();
+        // Its number is surely its own as long as it is not reaped.
+        if let Some(group) = rustix::process::Pid::from_raw(call.pid()) {
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+        let _ = call.signal(Signal::KILL);
+        for process in held {
+            let _ = process.signal(Signal::KILL);
+        }
+    }
+
+    /// The same, but anything other than 0 is a failure: it names the call and has
+    /// the runtime's own words. Which container it was the caller knows and says.
+    async fn call(&self, verb: &str, args: &[&OsStr], stdio: Stdio, capture: Capture) -> Result<Output> {
+        let out = self.run(verb, args, stdio, capture).await?;
         if out.status == ExitStatus::Code(0) {
             return Ok(out);
         }
@@ -157,12 +215,14 @@ impl Command {
             ExitStatus::Signal(n) => format!("it was killed by signal {n}"),
             other => format!("it exited with {} and wrote no error", other.code()),
         });
-        Err(Error::new(kind, format!("{}: {words}", what())))
+        let call = format!("{} {verb}", self.name());
+        // runc says "runc create failed: …" itself.
+        Err(Error::new(kind, if words.starts_with(&call) { words } else { format!("{call}: {words}") }))
     }
 
-    async fn simple(&self, verb: &str, id: &str, args: &[&str]) -> Result<()> {
+    async fn simple(&self, verb: &str, args: &[&str]) -> Result<()> {
         let args: Vec<&OsStr> = args.iter().map(OsStr::new).collect();
-        self.call(verb, id, &args, Stdio::default(), Capture::No).await.map(drop)
+        self.call(verb, &args, Stdio::default(), Capture::No).await.map(drop)
     }
 
     /// Runs `create` or `exec` and adopts the process that it names, before the
@@ -175,16 +235,16 @@ impl Command {
             args.extend([OsStr::new("--console-socket"), socket.as_os_str()]);
         }
         args.push(OsStr::new(id));
-        let done = self.call(verb, id, &args, launch.stdio, Capture::No).await;
+        let done = self.call(verb, &args, launch.stdio, Capture::No).await;
         let pid = std::fs::read_to_string(&launch.pid_file);
         let _ = std::fs::remove_file(&launch.pid_file);
         done?;
         let pid: i32 = pid
-            .context(|| format!("{} {verb} of container {id} left no pid file", self.name()))?
+            .context(|| format!("{} {verb} left no pid file", self.name()))?
             .trim()
             .parse()
-            .context(|| format!("{} {verb} of container {id} left a pid file without a number", self.name()))?;
-        let child = self.children.adopt(pid).map_err(|e| e.within(format!("{verb} of container {id}")))?;
+            .context(|| format!("{} {verb} left a pid file without a number", self.name()))?;
+        let child = self.children.adopt(pid).map_err(|e| e.within(verb))?;
         drop(guard);
         Ok(child)
     }
@@ -204,7 +264,7 @@ impl Runtime for Command {
     }
 
     async fn start(&self, id: &str) -> Result<()> {
-        self.simple("start", id, &[id]).await
+        self.simple("start", &[id]).await
     }
 
     async fn exec(&self, id: &str, process: &Path, launch: Launch) -> Result<Child> {
@@ -213,25 +273,24 @@ impl Runtime for Command {
     }
 
     async fn kill(&self, id: &str, signal: Signal) -> Result<()> {
-        self.simple("kill", id, &[id, &signal.number().to_string()]).await
+        self.simple("kill", &[id, &signal.number().to_string()]).await
     }
 
     async fn delete(&self, id: &str, force: bool) -> Result<()> {
-        if force { self.simple("delete", id, &["--force", id]).await } else { self.simple("delete", id, &[id]).await }
+        if force { self.simple("delete", &["--force", id]).await } else { self.simple("delete", &[id]).await }
     }
 
     async fn state(&self, id: &str) -> Result<State> {
-        let out = self.call("state", id, &[OsStr::new(id)], Stdio::default(), Capture::Stdout).await?;
-        serde_json::from_slice(&stdout_of(out)?)
-            .context(|| format!("{} state of container {id} printed no state", self.name()))
+        let out = self.call("state", &[OsStr::new(id)], Stdio::default(), Capture::Stdout).await?;
+        serde_json::from_slice(&stdout_of(out)?).context(|| format!("{} state printed no state", self.name()))
     }
 
     async fn pause(&self, id: &str) -> Result<()> {
-        self.simple("pause", id, &[id]).await
+        self.simple("pause", &[id]).await
     }
 
     async fn resume(&self, id: &str) -> Result<()> {
-        self.simple("resume", id, &[id]).await
+        self.simple("resume", &[id]).await
     }
 
     async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
@@ -240,14 +299,14 @@ impl Runtime for Command {
         file.write_all(resources).and_then(|()| file.rewind()).context(|| "hand over resources".into())?;
         let stdio = Stdio { stdin: Some(OwnedFd::from(file)), ..Stdio::default() };
         let args = ["--resources", "-", id].map(OsStr::new);
-        self.call("update", id, &args, stdio, Capture::No).await.map(drop)
+        self.call("update", &args, stdio, Capture::No).await.map(drop)
     }
 
     async fn checkpoint(&self, id: &str, checkpoint: &Checkpoint) -> Result<()> {
         let mut args = checkpoint_arguments(checkpoint);
         args.push(id.into());
         let args: Vec<&OsStr> = args.iter().map(OsString::as_os_str).collect();
-        let done = self.call("checkpoint", id, &args, Stdio::default(), Capture::No).await;
+        let done = self.call("checkpoint", &args, Stdio::default(), Capture::No).await;
         let Err(e) = done else { return Ok(()) };
         let log = checkpoint.work.join("dump.log");
         match message::criu_error(&read_capped_end(&log)) {
@@ -274,6 +333,16 @@ impl Runtime for Command {
         let text = String::from_utf8_lossy(&stdout_of(out)?).into_owned();
         Ok(text.lines().next().and_then(|l| l.split_whitespace().last()).unwrap_or("unknown").to_string())
     }
+}
+
+/// Ends once `abort` is true; never where it can't become true any more.
+async fn aborted(abort: Option<watch::Receiver<bool>>) {
+    if let Some(mut abort) = abort
+        && abort.wait_for(|a| *a).await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 fn checkpoint_arguments(c: &Checkpoint) -> Vec<OsString> {

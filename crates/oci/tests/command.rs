@@ -30,13 +30,13 @@ fn launch(dir: &Path) -> Launch {
 }
 
 #[tokio::test]
-async fn a_failure_names_runtime_call_container_and_its_words() {
+async fn a_failure_names_runtime_and_call_and_has_its_words() {
     let _turn = TURN.lock().await;
     let dir = tempfile::tempdir().unwrap();
     let r = runtime(dir.path(), r#"echo '{"level":"error","msg":"container does not exist"}' > $LOG; exit 1"#);
     let e = r.start("web").await.unwrap_err();
     assert_eq!(e.kind(), ErrorKind::NotFound);
-    assert_eq!(e.to_string(), "fake start of container web: container does not exist");
+    assert_eq!(e.to_string(), "fake start: container does not exist");
     let e = runtime(dir.path(), "kill -9 $$").start("web").await.unwrap_err();
     assert!(e.to_string().contains("killed by signal 9"), "{e}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no log file is left");
@@ -50,6 +50,38 @@ async fn a_call_that_hangs_is_killed_at_its_deadline() {
     let e = runtime(dir.path(), "exec sleep 100").pause("web").await.unwrap_err();
     assert_eq!(e.kind(), ErrorKind::DeadlineExceeded);
     assert!(began.elapsed() < Duration::from_secs(5) && e.to_string().contains("pause"), "{e}");
+}
+
+#[tokio::test]
+async fn a_call_that_is_given_up_ends_at_once_with_its_children() {
+    let _turn = TURN.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let child = dir.path().join("child");
+    let script = format!("sleep 1000 & echo $! >{0}.new; mv {0}.new {0}; wait", child.display());
+    let mut r = runtime(dir.path(), &script);
+    // Its deadline is never reached.
+    r = Command::new(Config { deadline: Duration::from_secs(600), ..r.config().clone() }, Children::new());
+    let (abort, given_up) = tokio::sync::watch::channel(false);
+    let (told, victims) = std::sync::mpsc::channel();
+    let r = r.until(given_up, move |borne| told.send(borne.to_vec()).unwrap());
+    let seen = async {
+        while !child.exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        abort.send(true).unwrap();
+    };
+    let (e, ()) = tokio::join!(r.create("web", dir.path(), launch(dir.path())), seen);
+    assert_eq!(e.unwrap_err().kind(), ErrorKind::Cancelled);
+    let pid = std::fs::read_to_string(&child).unwrap();
+    assert_eq!(victims.recv().unwrap(), [pid.trim().parse::<i32>().unwrap()]);
+    let stat = || std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+    for _ in 0..500 {
+        if stat().is_empty() || stat().contains(") Z ") {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the call's child {pid} lives on");
 }
 
 #[tokio::test]

@@ -51,7 +51,7 @@ impl Owner {
                 let done = tokio::task::spawn_blocking(move || oci::mounts::unmount_rootfs(&rootfs, mounts)).await;
                 errors.extend(done.ok().and_then(Result::err));
             }
-            let _ = tx.send(Msg::Deleted(Error::join("delete", errors)));
+            let _ = tx.send(Msg::Deleted(Error::join("clean up", errors)));
         });
     }
 
@@ -63,7 +63,7 @@ impl Owner {
             (Ok(()), View::Stopped(exit)) => exit,
             (Ok(()), _) => crate::state::plain(types::ExitStatus::Unknown(255), SystemTime::now()),
             (Err(e), _) => {
-                let _ = reply.send(Err(e.within(format!("container {}", self.id))));
+                let _ = reply.send(Err(e));
                 return false;
             }
         };

@@ -192,11 +192,10 @@ struct Job {
 
 impl Job {
     async fn run(self) -> Result<(Child, Io)> {
-        let what = || format!("exec {} of container {}", self.new.id, self.container);
         let document = self.bundle.join(format!("exec-{}.json", self.new.id));
         let result = self.launch(&document).await;
         let _ = std::fs::remove_file(&document);
-        result.map_err(|e| e.within(what()))
+        result
     }
 
     async fn launch(&self, document: &Path) -> Result<(Child, Io)> {

@@ -59,9 +59,7 @@ impl Tasks {
 #[async_trait]
 impl Task for Tasks {
     async fn create(&self, _: &TtrpcContext, req: task::CreateTaskRequest) -> ttrpc::Result<task::CreateTaskResponse> {
-        // A task of its own: once begun, a creation ends or is undone.
-        let made = tokio::spawn(setup::create(self.shared.clone(), req)).await;
-        let pid = made.unwrap_or_else(|e| Err(Error::internal("create").because(e))).map_err(wire::error)?;
+        let pid = setup::create(&self.shared, req).await.map_err(wire::error)?;
         Ok(task::CreateTaskResponse { pid: wire::pid(pid) })
     }
 
@@ -116,6 +114,11 @@ impl Task for Tasks {
     async fn kill(&self, _: &TtrpcContext, req: task::KillRequest) -> ttrpc::Result<()> {
         let signal = Signal::from_number(req.signal).map_err(wire::error)?;
         let (exec, all) = (exec_id(req.exec_id), req.all);
+        // A runtime that hangs in create would keep whoever stops the container
+        // waiting for its deadline.
+        if exec.is_none() && signal == Signal::KILL && self.shared.end_creation(&req.id).await {
+            return Ok(());
+        }
         let ask = self.shared.ask(&req.id, |reply| Msg::Kill { exec, signal, all, reply });
         ask.await.map_err(wire::error)
     }

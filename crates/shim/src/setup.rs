@@ -14,9 +14,13 @@ use proto::containerd::task::v3::CreateTaskRequest;
 use proto::containerd::types::Mount;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use types::{Error, Result, ResultExt};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+use types::{Error, ErrorKind, Result, ResultExt};
 
+/// How long the killed processes of a failed create may take to be gone.
+const UNDO: Duration = Duration::from_secs(5);
 /// The runtime's state directory where the caller names none.
 const DEFAULT_ROOT: &str = "/run/longshore/runc";
 
@@ -84,25 +88,28 @@ fn runtime_config(shared: &Shared, o: &Options, bundle: &Path) -> Result<Config>
     Ok(config)
 }
 
-/// Creates a container; returns its init's pid.
-pub(crate) async fn create(shared: Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
+/// Creates a container; returns its init's pid. The name is taken before the first
+/// await, so that a Kill that comes later finds the creation; the work is a task of
+/// its own: once begun, a creation ends or is undone.
+pub(crate) async fn create(shared: &Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
     types::check_identifier("container id", &req.id)?;
-    if !req.checkpoint.is_empty() {
-        return Err(Error::unimplemented("restoring a container from a checkpoint is not served by this shim"));
-    }
     if !Path::new(&req.bundle).is_absolute() {
         return Err(Error::invalid(format!("bundle {:?} is not an absolute path", req.bundle)));
     }
-    shared.reserve(&req.id)?;
-    let id = req.id.clone();
-    let made = make(&shared, req).await;
-    if made.is_err() {
-        shared.release(&id);
-    }
-    made.map_err(|e| e.within(format!("create container {id}")))
+    let creation = shared.reserve(&req.id)?;
+    let shared = shared.clone();
+    let made = tokio::spawn(async move {
+        let id = req.id.clone();
+        let made = make(&shared, req, creation.aborted()).await;
+        if made.is_err() {
+            shared.release(&id);
+        }
+        made
+    });
+    made.await.unwrap_or_else(|e| Err(Error::internal("create").because(e)))
 }
 
-async fn make(shared: &Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
+async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiver<bool>) -> Result<i32> {
     let bundle = PathBuf::from(&req.bundle);
     let o = options::read(req.options.as_ref())?;
     let peek = ConfigPeek::read(&bundle)?;
@@ -125,7 +132,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest) -> Result<i32> {
         terminal: req.terminal,
     };
     let habits = Habits { labelled: peek.process.labelled(), owner: (o.io_uid, o.io_gid) };
-    let (child, io) = match launch(shared, &runtime, &req.id, &bundle, &wanted, habits).await {
+    let (child, io) = match launch(shared, &runtime, &req.id, &bundle, &wanted, habits, abort).await {
         Ok(up) => up,
         Err(e) => {
             let mut errors = vec![e];
@@ -167,8 +174,8 @@ async fn mount(rootfs: &Path, mounts: &[Mount]) -> Result<()> {
     mounted.unwrap_or_else(|e| Err(Error::internal("mount the root file system").because(e)))
 }
 
-/// Opens the streams and lets the runtime create the container. A failure leaves
-/// nothing of it.
+/// Opens the streams and lets the runtime create the container; early to its end
+/// once `abort` is true. A failure leaves nothing of it.
 async fn launch(
     shared: &Arc<Shared>,
     runtime: &Command,
@@ -176,16 +183,31 @@ async fn launch(
     bundle: &Path,
     wanted: &Wanted,
     habits: Habits,
+    mut abort: watch::Receiver<bool>,
 ) -> Result<(Child, Io)> {
-    let mut prepared = streams::prepare(wanted, habits, &shared.place(id)).await?;
+    let made: Arc<Mutex<Vec<Cgroup>>> = Arc::default();
+    let known = made.clone();
+    let calls = runtime.until(abort.clone(), move |borne| {
+        let cgroups = borne.iter().filter_map(|pid| Cgroup::of(*pid).ok());
+        known.lock().unwrap_or_else(PoisonError::into_inner).extend(cgroups);
+    });
+    let ready = async {
+        let prepared = streams::prepare(wanted, habits, &shared.place(id)).await?;
+        Ok((prepared, shared.turn().await?))
+    };
+    let (mut prepared, _turn) = tokio::select! {
+        ready = ready => ready?,
+        Ok(_) = abort.wait_for(|a| *a) => {
+            return Err(Error::new(ErrorKind::Cancelled, "it was killed before the OCI runtime was called"));
+        }
+    };
     let launch = Launch {
         stdio: std::mem::take(&mut prepared.stdio),
         console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
         pid_file: bundle.join("init.pid"),
     };
-    let _turn = shared.turn().await?;
     let up = async {
-        let child = runtime.create(id, bundle, launch).await?;
+        let child = calls.create(id, bundle, launch).await?;
         match prepared.attach(&shared.writer).await {
             Ok(io) => Ok((child, io)),
             Err(e) => Err(e),
@@ -194,14 +216,30 @@ async fn launch(
     match up.await {
         Ok(up) => Ok(up),
         // The name may be somebody else's: that container is not ours to delete.
-        Err(e) if e.kind() == types::ErrorKind::AlreadyExists => Err(e),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(e),
         Err(e) => {
-            // Whatever the runtime left half made. It is often nothing.
-            match runtime.delete(id, true).await {
-                Err(d) if !d.is_not_found() => log::warn(format_args!("after a failed create: {d}")),
-                _ => {}
-            }
+            let made = std::mem::take(&mut *made.lock().unwrap_or_else(PoisonError::into_inner));
+            undo(runtime, id, made).await;
             Err(e)
+        }
+    }
+}
+
+/// Removes whatever the runtime left half made; it is often nothing. What it may
+/// not know itself, because it was killed, is in `cgroups`.
+async fn undo(runtime: &Command, id: &str, cgroups: Vec<Cgroup>) {
+    let what = || format!("container {id}: after a failed create");
+    match runtime.delete(id, true).await {
+        Err(d) if !d.is_not_found() => log::warn(format_args!("{}: {d}", what())),
+        _ => {}
+    }
+    for cgroup in cgroups {
+        let deadline = tokio::time::Instant::now() + UNDO;
+        while cgroup.kill_once() > 0 && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if let Err(e) = cgroup.remove() {
+            log::warn(format_args!("{}: {e}", what()));
         }
     }
 }

@@ -6,9 +6,9 @@ use crate::streams::{Place, SharedWriter};
 use oci::Children;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot, watch};
 use types::{Error, Result};
 
 /// How long a runtime call may wait for its turn.
@@ -42,9 +42,37 @@ pub(crate) struct Shared {
     containers: Mutex<Containers>,
 }
 
+/// A name that is taken.
+enum Slot {
+    /// By a container on its way up.
+    Creating(Arc<Creation>),
+    /// By one that has an owner.
+    Up(Handle),
+}
+
+/// A creation under way: how to end it early, and how to learn of its end.
+pub(crate) struct Creation {
+    abort: watch::Sender<bool>,
+    ended: watch::Sender<bool>,
+}
+
+impl Creation {
+    /// Becomes true when the creation shall end early.
+    pub fn aborted(&self) -> watch::Receiver<bool> {
+        self.abort.subscribe()
+    }
+
+    /// Ends it early, and waits until it has made its container after all or left
+    /// nothing of it. Its own bounds hold.
+    async fn end(&self) {
+        self.abort.send_replace(true);
+        let _ = self.ended.subscribe().wait_for(|e| *e).await;
+    }
+}
+
 #[derive(Default)]
 struct Containers {
-    by_id: HashMap<String, Option<Handle>>,
+    by_id: HashMap<String, Slot>,
     /// No more of them: the shim is ending.
     closed: bool,
 }
@@ -91,8 +119,9 @@ impl Shared {
         }
     }
 
-    /// Takes a name for a container that is about to be created.
-    pub fn reserve(&self, id: &str) -> Result<()> {
+    /// Takes a name for a container that is about to be created. The creation ends
+    /// with [`Shared::fill`] or [`Shared::release`].
+    pub fn reserve(&self, id: &str) -> Result<Arc<Creation>> {
         let mut all = self.containers();
         if all.closed {
             return Err(Error::unavailable("the shim is ending").hint("start another one"));
@@ -100,21 +129,27 @@ impl Shared {
         if all.by_id.contains_key(id) {
             return Err(Error::exists(format!("container {id} exists already")));
         }
-        all.by_id.insert(id.to_string(), None);
-        Ok(())
+        let creation = Arc::new(Creation { abort: watch::channel(false).0, ended: watch::channel(false).0 });
+        all.by_id.insert(id.to_string(), Slot::Creating(creation.clone()));
+        Ok(creation)
     }
 
     /// The container exists now.
     pub fn fill(&self, id: &str, handle: Handle) {
-        self.containers().by_id.insert(id.to_string(), Some(handle));
+        if let Some(Slot::Creating(c)) = self.containers().by_id.insert(id.to_string(), Slot::Up(handle)) {
+            c.ended.send_replace(true);
+        }
     }
 
     /// The container is gone, or was never made.
     pub fn release(&self, id: &str) {
         let mut all = self.containers();
-        all.by_id.remove(id);
+        let was = all.by_id.remove(id);
         all.by_id.shrink_to_fit();
         drop(all);
+        if let Some(Slot::Creating(c)) = was {
+            c.ended.send_replace(true);
+        }
         sys::malloc::trim();
     }
 
@@ -141,14 +176,26 @@ impl Shared {
 
     pub fn find(&self, id: &str) -> Result<Handle> {
         match self.containers().by_id.get(id) {
-            Some(Some(handle)) => Ok(handle.clone()),
-            Some(None) => Err(Error::precondition(format!("container {id} is being created"))),
+            Some(Slot::Up(handle)) => Ok(handle.clone()),
+            Some(Slot::Creating(_)) => Err(Error::precondition(format!("container {id} is being created"))),
             None => Err(Error::not_found(format!("container {id}"))),
         }
     }
 
     pub fn handles(&self) -> Vec<Handle> {
-        self.containers().by_id.values().flatten().cloned().collect()
+        let up = |s: &Slot| if let Slot::Up(handle) = s { Some(handle.clone()) } else { None };
+        self.containers().by_id.values().filter_map(up).collect()
+    }
+
+    /// Ends a creation early, where one is under way. True where nothing is left of
+    /// the container.
+    pub async fn end_creation(&self, id: &str) -> bool {
+        let creation = match self.containers().by_id.get(id) {
+            Some(Slot::Creating(c)) => c.clone(),
+            Some(Slot::Up(_)) | None => return false,
+        };
+        creation.end().await;
+        !self.containers().by_id.contains_key(id)
     }
 
     /// Sends a request to a container's owner and awaits its answer. The caller

@@ -6,8 +6,12 @@ use crate::owner::Msg;
 use crate::state::ContainerInfo;
 use runtime::{TaskIo, TaskSpec};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::oneshot;
 use types::{Error, Result, ResultExt, Signal};
+
+/// How long a cancelled start may go on before it is killed once more.
+const KILL_AGAIN: Duration = Duration::from_secs(1);
 
 /// Creates and starts a container's task; gives init's pid. A message on
 /// `cancelled` ends it early. On failure no task is left.
@@ -24,9 +28,15 @@ pub async fn start(ctx: PodContext, info: Arc<ContainerInfo>, mut cancelled: one
         done = &mut work => done.map_err(lost)?,
         Ok(why) = &mut cancelled => {
             // Whatever it waits for ends sooner without its process; its own bounds
-            // hold. A task that came up after the undoing would be nobody's.
-            let _ = ctx.shared.runtime.kill_task(&ctx.pod.id, &info.id, Signal::KILL, true, "a cancelled start").await;
-            let _ = work.await;
+            // hold. A task that came up after the undoing would be nobody's, so one
+            // that the first kill came too early for gets another.
+            loop {
+                let why = "a cancelled start";
+                let _ = ctx.shared.runtime.kill_task(&ctx.pod.id, &info.id, Signal::KILL, true, why).await;
+                if tokio::time::timeout(KILL_AGAIN, &mut work).await.is_ok() {
+                    break;
+                }
+            }
             Err(Error::precondition(why))
         }
     };

@@ -14,7 +14,7 @@ use proto::containerd::task::v3 as wire;
 use proto::containerd::types::Mount;
 use std::path::Path;
 use std::sync::Arc;
-use types::{Error, ErrorKind, Result};
+use types::{Error, ErrorKind, Result, Signal};
 
 const OPTIONS_URL: &str = "containerd.runc.v1.Options";
 const GENERIC_URL: &str = "runtimeoptions.v1.Options";
@@ -193,6 +193,11 @@ impl Inner {
     async fn unmake(self: &Arc<Self>, dir: &Path, shim: Option<&Arc<Shim>>, id: &str, e: Error) -> Error {
         if let Some(shim) = shim {
             let bound = shim.timeouts().cleanup;
+            if e.kind() == ErrorKind::DeadlineExceeded {
+                // Our shim ends a creation that hangs; for any other it is no more
+                // than a Kill.
+                let _ = super::task::kill(shim, id, "", Signal::KILL, false, bound).await;
+            }
             let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
             match call(bound, shim.task().delete(bound, request)).await {
                 Ok(_) => {}

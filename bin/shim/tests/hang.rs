@@ -1,0 +1,205 @@
+//! A Kill that meets a create which hangs: it ends the creation, and nothing stays.
+#![allow(clippy::unwrap_used)]
+
+mod harness;
+
+use harness::common::{Bundle, Shape, sh};
+use harness::{Io, Shim, code};
+use proto::containerd::runc::v1::Options;
+use proto::containerd::task::v3 as task;
+use proto::containerd::types::Mount;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Longer than any of this may take, far shorter than the runtime's deadline.
+const SOON: Duration = Duration::from_secs(20);
+
+/// A runtime that is runc, but for `create`, which does as `script` says; it notes
+/// its pid in `pid`.
+fn runtime(dir: &Path, script: &str) -> PathBuf {
+    let path = dir.join("runtime");
+    let pid = dir.join("pid").display().to_string();
+    let text = format!(
+        "#!/bin/sh\nfor a in \"$@\"; do\n  if [ \"$a\" = create ]; then echo $$ >{pid}.new; mv {pid}.new {pid}; {script}; fi\n\
+         done\nexec runc \"$@\"\n"
+    );
+    std::fs::write(&path, text).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+async fn create(shim: &Shim, b: &Bundle, binary: &Path, rootfs: Vec<Mount>) -> ttrpc::Result<u32> {
+    let options = Options {
+        root: b.runtime_root().display().to_string(),
+        binary_name: binary.display().to_string(),
+        ..Default::default()
+    };
+    let req = task::CreateTaskRequest {
+        id: b.id.clone(),
+        bundle: b.path().display().to_string(),
+        rootfs,
+        options: Some(proto::pack("containerd.runc.v1.Options", &options)),
+        ..Default::default()
+    };
+    shim.task.create(Duration::from_secs(120), req).await.map(|r| r.pid)
+}
+
+/// The pid in a file, once it is there.
+async fn pid_in(path: &Path) -> i32 {
+    for _ in 0..2000 {
+        if let Some(pid) = std::fs::read_to_string(path).ok().and_then(|t| t.trim().parse().ok()) {
+            return pid;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("{} never appeared", path.display());
+}
+
+async fn gone(pid: i32) {
+    for _ in 0..2000 {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if stat.is_empty() || stat.contains(") Z ") {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("process {pid} is left: {}", std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default());
+}
+
+fn children(shim: &Shim) -> String {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", shim.pid)).unwrap();
+    tasks.map(|t| std::fs::read_to_string(t.unwrap().path().join("children")).unwrap_or_default()).collect()
+}
+
+/// Nothing of the container is left, neither here nor in the runtime.
+async fn nothing_left(shim: &Shim, b: &Bundle) {
+    assert_eq!(code(&shim.state(b).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+    for _ in 0..500 {
+        if children(shim).trim().is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(children(shim).trim(), "", "no child is left");
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(b.path().to_str().unwrap()), "no mount is left");
+    let known = std::fs::read_dir(b.runtime_root().join("test")).map_or(0, Iterator::count);
+    assert_eq!(known, 0, "the runtime knows nothing of it");
+    for controller in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        let cgroup = controller.path().join(format!("lsh-test-{0}/{0}", b.id));
+        assert!(!cgroup.exists(), "{} is left", cgroup.display());
+    }
+}
+
+/// The hang is under way once `sign` has a pid, which is gone afterwards too.
+async fn killed_while_hanging(shim: &Shim, b: &Bundle, binary: &Path, sign: &Path, inside: bool) {
+    let root = b.path().join("rootfs");
+    let bind = Mount {
+        r#type: "bind".into(),
+        source: root.display().to_string(),
+        options: vec!["rbind".into(), "rw".into()],
+        ..Default::default()
+    };
+    let killer = async {
+        let pid = pid_in(sign).await;
+        assert_eq!(code(&shim.kill(b, "", 15).await.unwrap_err()), ttrpc::Code::FAILED_PRECONDITION);
+        let began = Instant::now();
+        shim.kill(b, "", 9).await.unwrap();
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+        // All is undone when Kill answers.
+        assert_eq!(code(&shim.state(b).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+        // What runs in the container's own pid namespace is missed by its cgroup.
+        (!inside).then_some(pid)
+    };
+    let (made, pid) = tokio::join!(create(shim, b, binary, vec![bind]), killer);
+    let e = made.unwrap_err();
+    assert_eq!(code(&e), ttrpc::Code::CANCELLED, "{e}");
+    if let Some(pid) = pid {
+        gone(pid).await;
+    }
+    nothing_left(shim, b).await;
+    std::fs::remove_file(sign).unwrap();
+}
+
+#[tokio::test]
+async fn a_runtime_that_hangs_in_create_is_ended_by_kill() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    let binary = runtime(b.path(), "sleep 1000 & wait");
+    for _ in 0..3 {
+        killed_while_hanging(&shim, &b, &binary, &b.path().join("pid"), false).await;
+    }
+    // And the name is free.
+    b.configure(&Shape { args: sh("exit 6"), ..Shape::default() });
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 6);
+    shim.delete(&b, "").await.unwrap();
+    let seen = shim.events_until(&b, "/tasks/delete").await;
+    assert_eq!(seen.iter().filter(|s| s.0 == "/tasks/create").count(), 1, "none for what was never made");
+}
+
+#[tokio::test]
+async fn a_hook_that_hangs_is_ended_by_kill() {
+    let shim = Shim::start().await;
+    // Before the container's root is entered, and inside it.
+    for kind in ["createRuntime", "createContainer"] {
+        let b = Bundle::new(&Shape::default());
+        let sign = b.path().join("hook");
+        let script = format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 1000", sign.display());
+        let path = b.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config["hooks"] = serde_json::json!({kind: [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+        std::fs::write(&path, config.to_string()).unwrap();
+        killed_while_hanging(&shim, &b, Path::new("runc"), &sign, kind == "createContainer").await;
+    }
+}
+
+#[tokio::test]
+async fn a_kill_overtakes_the_queue_for_the_runtime() {
+    let shim = Shim::start().await;
+    let cpus = std::thread::available_parallelism().unwrap().get();
+    let hanging: Vec<Bundle> = (0..(2 * cpus).max(4)).map(|_| Bundle::new(&Shape::default())).collect();
+    let last = Bundle::new(&Shape::default());
+    let work = async {
+        let all = hanging.iter().map(|b| {
+            let binary = runtime(b.path(), "sleep 1000 & wait");
+            let shim = &shim;
+            Box::pin(async move {
+                let e = create(shim, b, &binary, Vec::new()).await.unwrap_err();
+                assert_eq!(code(&e), ttrpc::Code::CANCELLED, "{e}");
+            })
+        });
+        join_all(all.collect()).await;
+    };
+    let waiting = async {
+        for b in &hanging {
+            pid_in(&b.path().join("pid")).await;
+        }
+        let killer = async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let began = Instant::now();
+            shim.kill(&last, "", 9).await.unwrap();
+            assert!(began.elapsed() < SOON);
+        };
+        let (made, ()) = tokio::join!(create(&shim, &last, Path::new("runc"), Vec::new()), killer);
+        assert_eq!(code(&made.unwrap_err()), ttrpc::Code::CANCELLED);
+        for b in &hanging {
+            shim.kill(b, "", 9).await.unwrap();
+        }
+    };
+    tokio::join!(work, waiting);
+    for b in hanging.iter().chain([&last]) {
+        nothing_left(&shim, b).await;
+    }
+}
+
+/// All futures, each polled when it asks for it.
+async fn join_all<F: Future<Output = ()>>(mut all: Vec<std::pin::Pin<Box<F>>>) {
+    std::future::poll_fn(move |cx| {
+        all.retain_mut(|f| f.as_mut().poll(cx).is_pending());
+        if all.is_empty() { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
