@@ -159,12 +159,30 @@ fn spawn(flags: &Flags, told: &Bootstrap, bundle: &Path, listener: UnixListener,
         "" => Ok(()),
         cgroup => shim::join_cgroup(cgroup, child.id()),
     };
+    adjust_oom_score(child.id());
     if let Err(e) = joined.and_then(|()| write(&bundle.join("shim.pid"), &child.id().to_string())) {
         let _ = child.kill();
         let _ = child.wait();
         return Err(e);
     }
     Ok(())
+}
+
+/// The shim goes before its caller where memory runs out: one more than the caller's
+/// score, as containerd's shims have it. It is a wish, and its failure none of the
+/// start's.
+fn adjust_oom_score(shim: u32) {
+    let caller = std::os::unix::process::parent_id();
+    let score =
+        std::fs::read_to_string(format!("/proc/{caller}/oom_score_adj")).ok().and_then(|s| s.trim().parse().ok());
+    if let Some(score) = score {
+        let _ = std::fs::write(format!("/proc/{shim}/oom_score_adj"), oom_score_after(score).to_string());
+    }
+}
+
+/// The next score; 1000 is the highest.
+fn oom_score_after(caller: i32) -> i32 {
+    (caller + 1).min(1000)
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

@@ -217,3 +217,14 @@ fn info_tells_name_version_and_features() {
     let features: serde_json::Value = serde_json::from_slice(&info.features.unwrap().value).unwrap();
     assert!(features["linux"]["namespaces"].is_array(), "{features}");
 }
+
+#[tokio::test]
+async fn the_shim_goes_before_its_caller_where_memory_runs_out() {
+    let all = Bundles::new();
+    all.bundle("one", &serde_json::json!({}));
+    all.start("one", b"", &[]);
+    let score = |pid: &str| -> i32 {
+        std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().parse().unwrap()
+    };
+    assert_eq!(score(&all.pid("one").to_string()), (score("self") + 1).min(1000));
+}

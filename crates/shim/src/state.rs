@@ -132,19 +132,12 @@ impl Machine {
     /// `NotFound`.
     pub fn exec_view(&self, exec: &str) -> Result<(View, i32)> {
         Ok(match self.exec(exec)? {
-            Exec::Added | Exec::Starting => (View::Created, 0),
+            // One that never ran was never more than created, as containerd's shim
+            // has it; only those who wait hear of a status.
+            Exec::Added | Exec::Starting | Exec::Failed { .. } => (View::Created, 0),
             Exec::Running { pid } => (View::Running, *pid),
             Exec::Exited { pid, exit } => (View::Stopped(exit.clone()), *pid),
-            Exec::Failed { at } => (View::Stopped(plain(ExitStatus::Unknown(255), *at)), 0),
         })
-    }
-
-    /// Init's exit once it was reaped, published or not.
-    pub fn exit(&self) -> Option<&Certificate> {
-        match &self.init {
-            Init::Dying { exit, .. } | Init::Exited { exit } => Some(exit),
-            Init::Created | Init::Starting | Init::Running => None,
-        }
     }
 
     /// The execs for which init's exit is held back.
@@ -277,12 +270,13 @@ impl Machine {
     /// Exec was asked for.
     ///
     /// # Errors
-    /// `AlreadyExists`, or `FailedPrecondition` once init has exited.
+    /// `AlreadyExists`, or `FailedPrecondition` once init's exit has been published:
+    /// until then init counts as running, and only Start is refused.
     pub fn add_exec(&mut self, exec: &str) -> Result<Vec<Action>> {
         if self.execs.contains_key(exec) {
             return Err(Error::exists(format!("exec {exec} of container {} exists already", self.id)));
         }
-        if self.exit().is_some() {
+        if matches!(self.init, Init::Exited { .. }) {
             return Err(Error::precondition(format!("container {} init process is not running", self.id)));
         }
         self.set_exec(exec, Exec::Added);
@@ -436,11 +430,14 @@ mod tests {
         m.exec_done("a", Some(11), now);
         assert_eq!(m.init_reaped(died(0)), [Action::KillRemaining, Action::ArmBound]);
         assert_eq!(m.view(), View::Running);
+        assert_eq!(m.add_exec("later").unwrap(), [Action::ExecAdded("later".into())], "init counts as running");
         let e = m.begin_exec("late").unwrap_err();
         assert_eq!(e.kind(), ErrorKind::FailedPrecondition);
         assert!(e.to_string().contains("container c init process is not running"), "{e}");
         assert!(m.delete_exec("late", now).is_ok());
+        assert_eq!(m.exec_view("b").unwrap(), (View::Created, 0));
         assert_eq!(m.exec_done("b", None, now).len(), 1, "a failed start counts as gone, but a still runs");
+        assert_eq!(m.exec_view("b").unwrap(), (View::Created, 0), "it never ran");
         assert_eq!(m.exec_reaped("a", died(137)), [Action::ExecExit("a".into(), 11, died(137)), Action::Exit(died(0))]);
     }
 
@@ -511,7 +508,7 @@ mod tests {
                     Step::StartDone(_) => vec![],
                     Step::Reap(c) => { reaped = true; m.init_reaped(died(c)) }
                     Step::Add(e) => match m.add_exec(&e.to_string()) {
-                        Ok(a) => { prop_assert!(!reaped); live.insert(e.to_string(), (false, false)); a }
+                        Ok(a) => { prop_assert!(exited.is_none()); live.insert(e.to_string(), (false, false)); a }
                         Err(_) => vec![],
                     },
                     Step::Begin(e) => { if m.begin_exec(&e.to_string()).is_ok() { prop_assert!(!reaped && started); } vec![] }
