@@ -1,167 +1,11 @@
 //! A real peer: Debian's containerd drives the shim through `ctr`.
 #![allow(clippy::unwrap_used)]
 
-#[path = "../../../crates/shim/tests/common/mod.rs"]
-mod common;
+mod peer;
 
-use sha2::{Digest, Sha256};
+use peer::{Containerd, installed};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
-
-/// A containerd with everything of its own in one directory.
-struct Containerd {
-    dir: tempfile::TempDir,
-    daemon: Child,
-}
-
-fn installed(binary: &str) -> bool {
-    ["/usr/bin", "/usr/local/bin", "/usr/sbin"].iter().any(|d| Path::new(d).join(binary).exists())
-}
-
-/// Writes an OCI archive with one busybox layer; returns its path.
-fn image(dir: &Path) -> PathBuf {
-    let root = dir.join("image-root");
-    common::busybox_root(&root);
-    let layout = dir.join("layout");
-    let blobs = layout.join("blobs/sha256");
-    std::fs::create_dir_all(&blobs).unwrap();
-    let layer = dir.join("layer.tar");
-    run(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&layer).arg("."));
-    let blob = |bytes: &[u8]| {
-        let digest: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
-        std::fs::write(blobs.join(&digest), bytes).unwrap();
-        (format!("sha256:{digest}"), bytes.len())
-    };
-    let (layer, layer_size) = blob(&std::fs::read(layer).unwrap());
-    let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
-    let config = serde_json::json!({
-        "architecture": arch, "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]},
-        "rootfs": {"type": "layers", "diff_ids": [layer]},
-    });
-    let (config, config_size) = blob(config.to_string().as_bytes());
-    let manifest = serde_json::json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": config_size},
-        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": layer, "size": layer_size}],
-    });
-    let (manifest, manifest_size) = blob(manifest.to_string().as_bytes());
-    let index = serde_json::json!({
-        "schemaVersion": 2,
-        "manifests": [{
-            "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": manifest, "size": manifest_size,
-            "annotations": {"io.containerd.image.name": "local/busybox:1"},
-        }],
-    });
-    std::fs::write(layout.join("index.json"), index.to_string()).unwrap();
-    std::fs::write(layout.join("oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
-    let archive = dir.join("image.tar");
-    run(Command::new("tar").arg("-C").arg(&layout).arg("-cf").arg(&archive).arg("."));
-    archive
-}
-
-fn run(command: &mut Command) -> Output {
-    let out = command.stdin(Stdio::null()).output().unwrap();
-    assert!(out.status.success(), "{command:?}: {}", String::from_utf8_lossy(&out.stderr));
-    out
-}
-
-fn daemon(dir: &Path) -> Child {
-    let path = format!("{}:{}", dir.join("bin").display(), std::env::var("PATH").unwrap());
-    let mut child = Command::new("containerd")
-        .arg("--root")
-        .arg(dir.join("root"))
-        .arg("--state")
-        .arg(dir.join("state"))
-        .arg("--address")
-        .arg(dir.join("c.sock"))
-        .args(["--log-level", "warn"])
-        .env("PATH", path)
-        .current_dir(dir)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(std::fs::File::create(dir.join("log")).unwrap())
-        .spawn()
-        .unwrap();
-    for _ in 0..300 {
-        let up = Command::new("ctr").arg("-a").arg(dir.join("c.sock")).arg("version").output().unwrap();
-        if up.status.success() {
-            return child;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let _ = child.kill();
-    let _ = child.wait();
-    panic!("containerd does not come up: {}", std::fs::read_to_string(dir.join("log")).unwrap());
-}
-
-impl Containerd {
-    fn start() -> Self {
-        let dir = tempfile::Builder::new().prefix("lsc").tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("bin")).unwrap();
-        let name = "containerd-shim-longshore-v2";
-        std::os::unix::fs::symlink(
-            env!("CARGO_BIN_EXE_containerd-shim-longshore-v2"),
-            dir.path().join("bin").join(name),
-        )
-        .unwrap();
-        let archive = image(dir.path());
-        let daemon = daemon(dir.path());
-        let c = Self { dir, daemon };
-        assert!(c.ctr(&["image", "import", archive.to_str().unwrap()]).status.success());
-        c
-    }
-
-    fn ctr(&self, args: &[&str]) -> Output {
-        let mut command = Command::new("ctr");
-        command.arg("-a").arg(self.dir.path().join("c.sock")).args(args).stdin(Stdio::null());
-        command.output().unwrap()
-    }
-
-    fn ok(&self, args: &[&str]) -> String {
-        let out = self.ctr(args);
-        assert!(out.status.success(), "ctr {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8(out.stdout).unwrap()
-    }
-
-    fn run(&self, more: &[&str], name: &str, script: &str) -> Output {
-        let mut args = vec!["run", "--runtime", "io.containerd.longshore.v2"];
-        args.extend(more);
-        args.extend(["local/busybox:1", name, "/bin/sh", "-c", script]);
-        self.ctr(&args)
-    }
-
-    fn kill_9_and_restart(&mut self) {
-        let _ = self.daemon.kill();
-        let _ = self.daemon.wait();
-        self.daemon = daemon(self.dir.path());
-    }
-
-    fn shims(&self) -> usize {
-        let state = self.dir.path().join("state/io.containerd.runtime.v2.task/default");
-        std::fs::read_dir(state).into_iter().flatten().count()
-    }
-}
-
-impl Drop for Containerd {
-    fn drop(&mut self) {
-        for task in self.ctr(&["task", "ls", "-q"]).stdout.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
-            let name = String::from_utf8_lossy(task).into_owned();
-            let _ = self.ctr(&["task", "rm", "-f", &name]);
-        }
-        let _ = self.daemon.kill();
-        let _ = self.daemon.wait();
-        // The runtime's state directory and the cgroup of ctr's namespace outlive
-        // their containers, empty.
-        for dir in ["/run/longshore/runc/default", "/run/longshore/runc", "/run/longshore"] {
-            let _ = std::fs::remove_dir(dir);
-        }
-        for controller in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            let _ = std::fs::remove_dir(controller.path().join("default"));
-        }
-    }
-}
 
 #[test]
 fn ctr_runs_execs_kills_and_removes() {
@@ -319,9 +163,14 @@ fn a_group_shares_a_shim_and_outlives_its_daemon() {
     let pid = |name: &str| std::fs::read_to_string(state.join(name).join("shim.pid")).unwrap();
     assert_eq!((pid("one"), pid("two")), (pid("pod"), pid("pod")));
 
-    c.kill_9_and_restart();
-    assert_eq!(c.ok(&["task", "ls"]).matches("RUNNING").count(), 3);
-    for (name, code) in [("pod", 3), ("one", 4), ("two", 5)] {
+    let execs = [("pod", 3), ("one", 4), ("two", 5), ("pod", 6), ("one", 7), ("two", 8)];
+    for (n, (name, code)) in execs.into_iter().enumerate() {
+        match n {
+            0 => c.kill_9_and_restart(),
+            3 => c.restart(),
+            _ => {}
+        }
+        assert_eq!(c.ok(&["task", "ls"]).matches("RUNNING").count(), 3);
         let out = c.ctr(&["task", "exec", "--exec-id", "e", name, "/bin/sh", "-c", &format!("exit {code}")]);
         assert_eq!(out.status.code(), Some(code), "{}", String::from_utf8_lossy(&out.stderr));
     }
@@ -353,4 +202,121 @@ fn a_group_shares_a_shim_and_outlives_its_daemon() {
         std::thread::sleep(Duration::from_millis(20));
     }
     panic!("the group's shim {shim} outlives its last container");
+}
+
+#[test]
+fn ctr_has_terminals_and_codes_of_signals() {
+    if !installed("containerd") || !installed("ctr") {
+        eprintln!("skipped: containerd is not installed");
+        return;
+    }
+    let c = Containerd::start();
+    let run = ["run", "--rm", "-t", "--runtime", "io.containerd.longshore.v2", "local/busybox:1", "t", "/bin/sh", "-c"];
+    let out =
+        c.on_terminal(&[&run[..], &["test -t 0 && test -t 1 && test -t 2 && echo on a terminal; exit 3"]].concat());
+    let shown = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(shown.contains("on a terminal\r") && out.status.code() == Some(3), "{out:?}");
+
+    // Init is killed while ctr waits for it. Nothing is asserted before it is dead:
+    // ctr would wait for ever.
+    let (code, shown, codes) = std::thread::scope(|s| {
+        let waiting = s.spawn(|| c.run(&[], "k", "trap '' TERM; while :; do sleep 0.1; done").status.code());
+        for _ in 0..200 {
+            if c.ok(&["task", "ls"]).lines().any(|l| l.starts_with("k ") && l.contains("RUNNING")) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let exec = ["task", "exec", "-t", "--exec-id", "e", "k", "/bin/sh", "-c", "test -t 1 && echo also; exit 4"];
+        let shown = c.on_terminal(&exec);
+        let codes = ["TERM", "KILL", "USR1"].map(|signal| {
+            let script = format!("kill -{signal} $$; sleep 100");
+            c.ctr(&["task", "exec", "--exec-id", signal, "k", "/bin/sh", "-c", &script]).status.code()
+        });
+        let _ = c.ctr(&["task", "kill", "-s", "SIGKILL", "k"]);
+        (waiting.join().unwrap(), shown, codes)
+    });
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("also\r") && shown.status.code() == Some(4), "{shown:?}");
+    assert_eq!(codes, [Some(143), Some(137), Some(138)]);
+    assert_eq!(code, Some(137));
+    c.ctr(&["task", "rm", "k"]);
+    c.ok(&["container", "rm", "k"]);
+    assert_eq!(c.shims(), 0, "no bundle is left");
+}
+
+/// Calls `work` with 0 to `n`, sixteen at a time.
+fn sixteen_at_a_time(n: usize, work: impl Fn(usize) + Sync) {
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|s| {
+        for _ in 0..16 {
+            s.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    if i >= n {
+                        return;
+                    }
+                    work(i);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn three_hundred_containers_and_execs_lose_and_reorder_no_event() {
+    const N: usize = 300;
+    if !installed("containerd") || !installed("ctr") {
+        eprintln!("skipped: containerd is not installed");
+        return;
+    }
+    let c = Containerd::start();
+    let events = c.events();
+    assert!(c.run(&["-d"], "host", "while :; do sleep 1; done").status.success());
+    // Recorded from here on, at the latest; until then nothing is counted.
+    let mut probe = 0;
+    while events.tasks().is_empty() {
+        assert!(probe < 100, "ctr events records nothing");
+        let _ = c.ctr(&["task", "exec", "--exec-id", &format!("probe{probe}"), "host", "/bin/true"]);
+        probe += 1;
+    }
+    let code = |n: usize| u64::try_from(n % 100).unwrap();
+    sixteen_at_a_time(2 * N, |i| {
+        // Both kinds side by side.
+        let n = i / 2;
+        let script = format!("exit {}", code(n));
+        let out = if i % 2 == 0 {
+            c.run(&["--rm"], &format!("c{n}"), &script)
+        } else {
+            c.ctr(&["task", "exec", "--exec-id", &format!("e{n}"), "host", "/bin/sh", "-c", &script])
+        };
+        assert_eq!(out.status.code().map(|c| u64::try_from(c).unwrap()), Some(code(n)), "{n}: {out:?}");
+    });
+    let of = |all: &[(String, serde_json::Value)], container: &str, exec: Option<&str>| -> Vec<(String, u64)> {
+        let mine = all.iter().filter(|(topic, e)| {
+            // An exit's id is the exec's, or the container's own.
+            let id = if topic == "/tasks/exit" { &e["id"] } else { &e["exec_id"] };
+            let of_exec = id.as_str().filter(|i| *i != container && !i.is_empty());
+            e["container_id"] == container && of_exec == exec
+        });
+        mine.map(|(topic, e)| (topic.clone(), e["exit_status"].as_u64().unwrap_or(0))).collect()
+    };
+    // The last ones may still be on their way.
+    let mut all = events.tasks();
+    for _ in 0..200 {
+        if all.iter().filter(|(t, _)| t == "/tasks/delete").count() >= N
+            && all.iter().filter(|(t, e)| t == "/tasks/exit" && e["container_id"] == "host").count() >= N
+        {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        all = events.tasks();
+    }
+    for n in 0..N {
+        let at = |topic: &str| (topic.to_string(), 0);
+        let exit = ("/tasks/exit".to_string(), code(n));
+        let want = [at("/tasks/create"), at("/tasks/start"), exit.clone(), ("/tasks/delete".to_string(), code(n))];
+        assert_eq!(of(&all, &format!("c{n}"), None), want, "c{n}");
+        let want = [at("/tasks/exec-added"), at("/tasks/exec-started"), exit];
+        assert_eq!(of(&all, "host", Some(&format!("e{n}"))), want, "e{n}");
+    }
 }

