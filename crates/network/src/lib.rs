@@ -24,10 +24,12 @@ pub use builtin::{Builtin, BuiltinConfig, InterfaceStats, IpRange, interface_sta
 pub use host_ports::HostPorts;
 pub use netns::NetnsDir;
 
-/// Runs system calls that may wait for the kernel's locks where they hold nobody up.
-async fn blocking<T: Send + 'static>(
+/// Runs system calls that may wait for the kernel's locks where they hold nobody up;
+/// they begin at once and end even if nobody awaits them.
+fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> ::types::Result<T> + Send + 'static,
-) -> ::types::Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| ::types::Error::internal(what).because(e))?
+) -> impl Future<Output = ::types::Result<T>> + Send {
+    let work = tokio::task::spawn_blocking(work);
+    async move { work.await.map_err(|e| ::types::Error::internal(what).because(e))? }
 }

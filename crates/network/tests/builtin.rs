@@ -369,3 +369,22 @@ fn a_limit_holds() {
         assert!(started.elapsed() > std::time::Duration::from_millis(500), "{:?}", started.elapsed());
     });
 }
+
+/// A pod keeps its address, and its way out, when its range is taken out of the
+/// configuration; nobody else gets that address.
+#[test]
+fn pods_of_a_former_range_live_on() {
+    on_node(|node| async move {
+        let world = outside();
+        let (old, new) = (Netns::new(), Netns::new());
+        node.builtin(small("10.99.0.0/24")).await.attach(&request("old", &old, vec![])).await.unwrap();
+        let net = node.builtin(small("10.99.0.0/28")).await;
+        net.reconcile(&live(&["old"])).await.unwrap();
+        let got = net.attach(&request("new", &new, vec![])).await.unwrap();
+        assert_eq!(got.addresses[0].to_string(), "10.99.0.3/28");
+        let listener = world.listen("192.0.2.2:80");
+        for pod in [&old, &new] {
+            assert_eq!(exchange(&listener, pod.connect("192.0.2.2:80").unwrap()).ip().to_string(), "192.0.2.1");
+        }
+    });
+}

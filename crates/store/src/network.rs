@@ -6,6 +6,7 @@
 
 use crate::{Durability, SqlExt, Store};
 use rusqlite::{OptionalExtension, Transaction, params};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use types::{Error, ErrorKind, Result};
 
@@ -138,7 +139,7 @@ impl Store {
     /// When the database can't be read.
     pub async fn network_claims(&self) -> Result<Vec<NetworkClaims>> {
         self.write(Durability::Normal, |t| {
-            let mut all = std::collections::BTreeMap::<String, NetworkClaims>::new();
+            let mut all = BTreeMap::<String, NetworkClaims>::new();
             for (pod, range, address) in addresses(t)? {
                 claims_of(&mut all, pod).addresses.push((range, address));
             }
@@ -151,7 +152,7 @@ impl Store {
     }
 }
 
-fn claims_of(all: &mut std::collections::BTreeMap<String, NetworkClaims>, pod_id: String) -> &mut NetworkClaims {
+fn claims_of(all: &mut BTreeMap<String, NetworkClaims>, pod_id: String) -> &mut NetworkClaims {
     let empty = NetworkClaims { pod_id: pod_id.clone(), addresses: Vec::new(), ports: Vec::new() };
     all.entry(pod_id).or_insert(empty)
 }
@@ -228,8 +229,8 @@ fn claim_address(t: &Transaction<'_>, pod_id: &str, wish: &AddressWish) -> Resul
 fn claim_exactly(t: &Transaction<'_>, pod_id: &str, range: &AddressRange, number: i64) -> Result<IpAddr> {
     let address = plus(range.base, number);
     let holder: Option<String> = t
-        .prepare_cached("SELECT pod_id FROM pod_addresses WHERE range=?1 AND number=?2")
-        .and_then(|mut s| s.query_row(params![range.name, number], |r| r.get(0)).optional())
+        .prepare_cached("SELECT pod_id FROM pod_addresses WHERE address=?1")
+        .and_then(|mut s| s.query_row([address.to_string()], |r| r.get(0)).optional())
         .sql(|| format!("look who holds {address}"))?;
     match holder {
         Some(holder) => Err(Error::exists(format!("address {address} of pod {pod_id} is held by pod {holder}"))),
@@ -257,6 +258,7 @@ fn next_free(t: &Transaction<'_>, range: &AddressRange) -> Result<Option<i64>> {
         Some(n) if (range.first..range.last).contains(&n) => n + 1,
         _ => range.first,
     };
+    let elsewhere = held_of_other_ranges(t, range)?;
     for (low, high) in [(from, range.last), (range.first, from - 1)] {
         let mut held = t
             .prepare_cached(
@@ -264,15 +266,27 @@ fn next_free(t: &Transaction<'_>, range: &AddressRange) -> Result<Option<i64>> {
             )
             .sql(what)?;
         let mut rows = held.query(params![range.name, low, high]).sql(what)?;
-        let mut candidate = low;
-        while candidate <= high {
-            match rows.next().sql(what)? {
-                Some(row) if row.get::<_, i64>(0).sql(what)? == candidate => candidate += 1,
-                _ => return Ok(Some(candidate)),
+        let mut next_held = || rows.next().and_then(|row| row.map(|r| r.get::<_, i64>(0)).transpose()).sql(what);
+        let mut held = next_held()?;
+        for candidate in low..=high {
+            if held == Some(candidate) {
+                held = next_held()?;
+            } else if !elsewhere.contains(&plus(range.base, candidate)) {
+                return Ok(Some(candidate));
             }
         }
     }
     Ok(None)
+}
+
+/// Addresses that pods have from ranges of another name, which may be what this one
+/// was called before the configuration changed.
+fn held_of_other_ranges(t: &Transaction<'_>, range: &AddressRange) -> Result<BTreeSet<IpAddr>> {
+    let all: Vec<String> = t
+        .prepare_cached("SELECT address FROM pod_addresses WHERE range<>?1")
+        .and_then(|mut s| s.query_map([&range.name], |r| r.get(0))?.collect())
+        .sql(|| format!("look for addresses of {} that pods hold", range.name))?;
+    Ok(all.iter().filter_map(|a| a.parse().ok()).filter(|a: &IpAddr| a.is_ipv4() == range.base.is_ipv4()).collect())
 }
 
 /// The address so many after `base`.

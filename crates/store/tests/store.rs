@@ -1,6 +1,9 @@
 //! The database as its users see it: records, durability of the schema, a full disk.
 
-use longshore_store::{ContainerRecord, Durability, FILE_NAME, PodRecord, SnapshotKind, SqlExt, Store};
+use longshore_store::{
+    AddressRange, AddressWish, ContainerRecord, Durability, FILE_NAME, PodRecord, PortClaim, SnapshotKind, SqlExt,
+    Store,
+};
 use rusqlite::Connection;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -141,4 +144,63 @@ async fn on_a_full_disk_stops_and_removals_still_commit() {
     store.put_pod(pod("b", "b")).await.unwrap();
     store.clone().close();
     assert_eq!(std::fs::metadata(disk.join("db/ballast")).unwrap().len(), 4 << 20);
+}
+
+fn range(name: &str, last: i64) -> AddressRange {
+    AddressRange { name: name.into(), base: [10, 9, 0, 0].into(), first: 2, last }
+}
+
+#[tokio::test]
+async fn addresses_are_given_out_in_turn_and_never_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let small = || vec![AddressWish::Next(vec![range("small", 4)])];
+    for (pod, address) in [("a", "10.9.0.2"), ("b", "10.9.0.3"), ("c", "10.9.0.4")] {
+        assert_eq!(store.claim_addresses(pod, small()).await.unwrap()[0].to_string(), address);
+    }
+    let full = store.claim_addresses("d", small()).await.unwrap_err();
+    assert_eq!(full.kind(), ErrorKind::ResourceExhausted);
+    assert!(full.to_string().contains("small") && full.to_string().contains("all 3 addresses"), "{full}");
+    assert_eq!(store.claim_addresses("a", small()).await.unwrap_err().kind(), ErrorKind::AlreadyExists);
+    assert!(store.free_addresses("b").await.unwrap() && !store.free_addresses("b").await.unwrap());
+    assert_eq!(store.claim_addresses("d", small()).await.unwrap()[0].to_string(), "10.9.0.3");
+
+    // The same network under another name, as after a change of the configuration.
+    let other = vec![AddressWish::Next(vec![range("small", 4), range("other", 6)])];
+    assert_eq!(store.claim_addresses("e", other).await.unwrap()[0].to_string(), "10.9.0.5");
+    let exactly = |number| vec![AddressWish::Exactly(range("third", 6), number)];
+    let held = store.claim_addresses("f", exactly(5)).await.unwrap_err();
+    assert!(held.to_string().contains("held by pod e"), "{held}");
+    assert_eq!(store.claim_addresses("f", exactly(6)).await.unwrap()[0].to_string(), "10.9.0.6");
+    // All wishes or none.
+    let both = vec![AddressWish::Exactly(range("third", 9), 8), AddressWish::Next(vec![range("small", 4)])];
+    assert_eq!(store.claim_addresses("g", both).await.unwrap_err().kind(), ErrorKind::ResourceExhausted);
+    assert!(store.network_claims().await.unwrap().iter().all(|c| c.pod_id != "g"));
+    let held: Vec<String> = store.network_claims().await.unwrap().into_iter().map(|c| c.pod_id).collect();
+    assert_eq!(held, ["a", "c", "d", "e", "f"]);
+}
+
+#[tokio::test]
+async fn a_port_has_one_pod() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let port = |protocol: &str, host_ip: Option<&str>| PortClaim {
+        protocol: protocol.into(),
+        host_ip: host_ip.map(|h| h.parse().unwrap()),
+        host_port: 80,
+        container_port: 8080,
+    };
+    store.claim_ports("a", vec![port("tcp", Some("192.0.2.1")), port("udp", Some("::"))], "10.9.0.2/24").await.unwrap();
+    for taken in [port("tcp", None), port("tcp", Some("0.0.0.0")), port("udp", Some("2001:db8::1")), port("udp", None)]
+    {
+        let e = store.claim_ports("b", vec![port("sctp", None), taken], "").await.unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::AlreadyExists);
+        assert!(e.to_string().contains("host port 80/") && e.to_string().contains("held by pod a"), "{e}");
+    }
+    let free = vec![port("tcp", Some("192.0.2.2")), port("tcp", Some("::")), port("udp", Some("0.0.0.0"))];
+    store.claim_ports("b", free.clone(), "10.9.0.3/24").await.unwrap();
+    let claims = store.network_claims().await.unwrap();
+    assert_eq!(claims[1].ports, free.into_iter().map(|c| (c, "10.9.0.3/24".to_owned())).collect::<Vec<_>>());
+    assert!(store.free_ports("a").await.unwrap() && !store.free_ports("a").await.unwrap());
+    store.claim_ports("c", vec![port("udp", Some("::1"))], "").await.unwrap();
 }

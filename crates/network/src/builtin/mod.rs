@@ -83,6 +83,8 @@ struct Inner {
     store: Store,
     ports: HostPorts,
     node: Mutex<Option<Node>>,
+    /// Ranges that are no longer configured but that pods have addresses of.
+    former: Mutex<Vec<IpRange>>,
 }
 
 impl Builtin {
@@ -102,7 +104,7 @@ impl Builtin {
     /// `InvalidArgument` for a configuration that can't work.
     pub fn with_host_ports(config: BuiltinConfig, store: Store, ports: HostPorts) -> Result<Self> {
         check(&config)?;
-        Ok(Self { inner: Arc::new(Inner { config, store, ports, node: Mutex::new(None) }) })
+        Ok(Self { inner: Arc::new(Inner { config, store, ports, node: Mutex::new(None), former: Mutex::default() }) })
     }
 
     /// The host ports, for pods of other networks.
@@ -140,7 +142,8 @@ impl Builtin {
             return Err(Error::precondition("the built-in network has no range of addresses"));
         };
         let mac = request.mac.unwrap_or_else(|| node::mac_for(first.address));
-        let gateways: Vec<IpAddr> = ranges.iter().map(|(r, _)| r.gateway().address).collect();
+        let mut gateways: Vec<IpAddr> = ranges.iter().map(|(r, _)| r.gateway().address).collect();
+        gateways.dedup();
         let plug = pod::Plug {
             pod_id: request.pod_id.clone(),
             netns: request.netns.clone(),
@@ -177,9 +180,11 @@ impl Builtin {
             Some(node) => node,
             None => node::ensure(config).map_err(|e| e.within("prepare the node for the built-in network"))?,
         };
-        let ranges = if config.masquerade { &config.ranges[..] } else { &[] };
+        let former = self.inner.former.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let all = config.ranges.iter().copied().chain(former);
+        let ranges: Vec<IpRange> = all.filter(|_| config.masquerade).collect();
         let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
-        self.inner.ports.rules().masquerade(&socket, ranges)?;
+        self.inner.ports.rules().masquerade(&socket, &ranges)?;
         *ready = Some(node);
         Ok(node)
     }
@@ -194,9 +199,10 @@ impl Builtin {
     }
 
     async fn remove(&self, pod_id: &str, interface: String) -> Result<()> {
+        // Each waits for a grace period of the kernel's, so they wait together.
+        let link = crate::blocking("detach a pod", move || pod::unplug(&interface));
         let ports = self.inner.ports.remove(pod_id).await;
-        let link = crate::blocking("detach a pod", move || pod::unplug(&interface)).await;
-        let freed = match link {
+        let freed = match link.await {
             Ok(()) => self.inner.store.free_addresses(pod_id).await.map(drop),
             Err(e) => Err(e),
         };
@@ -230,7 +236,15 @@ impl Builtin {
                 Err(e) => failed.push(e),
             }
         }
-        if held.iter().any(|c| !c.addresses.is_empty() && live.contains(&c.pod_id)) {
+        let used: BTreeSet<&str> = held
+            .iter()
+            .filter(|c| live.contains(&c.pod_id))
+            .flat_map(|c| c.addresses.iter().map(|(range, _)| range.as_str()))
+            .collect();
+        let configured = &self.inner.config.ranges;
+        let former = used.iter().filter_map(|r| r.parse().ok()).filter(|r| !configured.contains(r)).collect();
+        *self.inner.former.lock().unwrap_or_else(PoisonError::into_inner) = former;
+        if !used.is_empty() {
             let this = self.clone();
             failed.extend(crate::blocking("prepare the node", move || this.prepare()).await.err());
         }

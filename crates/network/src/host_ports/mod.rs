@@ -121,7 +121,8 @@ impl HostPorts {
         }
         self.rules().set(&socket, pod_id, all)?;
         // A peer that was sending before the port led here must come here now.
-        conntrack::forget(&socket, rules::number(Protocol::Udp), &udp)
+        forget(&socket, &udp);
+        Ok(())
     }
 
     /// Takes a pod's ports away; none is success. Without its namespace, too.
@@ -145,7 +146,8 @@ impl HostPorts {
             rules.set(&socket, pod_id, Vec::new())?;
             udp
         };
-        conntrack::forget(&socket, rules::number(Protocol::Udp), &udp)
+        forget(&socket, &udp);
+        Ok(())
     }
 
     /// Takes the ports of all pods but `live` away, and makes the table as it should
@@ -171,10 +173,8 @@ impl HostPorts {
 
     fn restore(&self) -> Result<()> {
         let mut rules = self.rules();
-        if rules.is_empty() {
-            return Ok(());
-        }
-        rules.make(&Socket::open(sys::netlink::Protocol::Netfilter)?)
+        let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
+        if rules.is_empty() { rules.release(&socket).map(drop) } else { rules.make(&socket) }
     }
 
     /// Removes the table where no pod has a port and nothing else needs it; true
@@ -212,6 +212,13 @@ fn let_loopback_in(pod: IpAddr) -> Result<()> {
         _ => {}
     }
     Ok(())
+}
+
+/// The ports work without it, but for peers that never pause.
+fn forget(socket: &Socket, udp: &[u16]) {
+    if let Err(e) = conntrack::forget(socket, rules::number(Protocol::Udp), udp) {
+        tracing::warn!(error = %e, "UDP peers that send all the time may go on to where the port led before");
+    }
 }
 
 fn udp_ports(all: &[Forward]) -> Vec<u16> {

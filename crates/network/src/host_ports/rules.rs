@@ -95,9 +95,10 @@ impl Rules {
         if new == gone && self.standing.is_some() {
             return Ok(());
         }
-        let changed = match self.change(socket, &gone, &new)? {
-            true => Ok(()),
-            false => self.make(socket),
+        let changed = match self.change(socket, &gone, &new) {
+            Ok(true) => Ok(()),
+            Ok(false) => self.make(socket),
+            Err(e) => Err(e),
         };
         if changed.is_err() {
             match old {
@@ -169,6 +170,10 @@ impl Rules {
         if !self.is_empty() {
             return Ok(false);
         }
+        // A kernel without nf_tables has no table either.
+        if self.standing.is_none() && !nft::table_exists(socket, &self.table).unwrap_or(false) {
+            return Ok(true);
+        }
         let mut t = Transaction::new(&self.table);
         t.add_table();
         t.del_table();
@@ -207,14 +212,17 @@ impl Rules {
             t.add_rule("postrouting", rule.within(R0, &octets(range.address), range.prefix).jump(&leaving));
         }
         for range in ours() {
-            let rule = Expressions::default().destination(family, R0);
+            let rule = Expressions::default().family(family).destination(family, R0);
             t.add_rule(&leaving, rule.within(R0, &octets(range.address), range.prefix).back());
         }
         let (multicast, prefix) = match family {
             Family::V4 => (vec![224, 0, 0, 0], 4),
             Family::V6 => ([&[0xff][..], &[0; 15]].concat(), 8),
         };
-        t.add_rule(&leaving, Expressions::default().destination(family, R0).within(R0, &multicast, prefix).back());
+        t.add_rule(
+            &leaving,
+            Expressions::default().family(family).destination(family, R0).within(R0, &multicast, prefix).back(),
+        );
         t.add_rule(&leaving, Expressions::default().nat(family, Nat::Masquerade { scatter: true }));
     }
 }
@@ -285,7 +293,7 @@ fn hairpin(t: &mut Transaction<'_>, family: Family, networks: &[Net]) {
     let loopback = Net { address: [127, 0, 0, 0].into(), prefix: 8 };
     let sources = networks.iter().copied().chain([loopback]);
     for network in sources.filter(|n| Family::of(n.address) == family) {
-        let rule = Expressions::default().source(family, R0);
+        let rule = Expressions::default().family(family).source(family, R0);
         let rule = rule.within(R0, &octets(network.address), network.prefix);
         t.add_rule(&chain, rule.nat(family, Nat::Masquerade { scatter: false }));
     }

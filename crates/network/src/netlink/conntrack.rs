@@ -82,3 +82,56 @@ fn filtered(w: &mut Writer, family: u8, protocol: u8, port: u16) {
     });
     w.nest(FILTER, |w| w.u32(FILTER_ORIG_FLAGS, NUMBER_AND_PORT));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+    use sys::namespace::{Kind, on_own_thread};
+
+    /// Ports that the entries of the thread's namespace lead to.
+    fn tracked() -> Vec<u16> {
+        let socket = Socket::open(sys::netlink::Protocol::Netfilter).unwrap();
+        let mut question = Batch::default();
+        question.push("list", GET, flags::DUMP, |w| w.raw(&[0, 0, 0, 0]));
+        let mut ports = Vec::new();
+        let port = |body: &[u8]| {
+            let proto = attribute(attribute(body.get(4..)?, TUPLE_ORIG)?, TUPLE_PROTO)?;
+            Some(u16::from_be_bytes(attribute(proto, PROTO_DST_PORT)?.try_into().ok()?))
+        };
+        socket.ask(&question, |_, body| ports.extend(port(body))).unwrap().unwrap();
+        ports.sort_unstable();
+        ports
+    }
+
+    #[test]
+    fn only_what_was_sent_to_the_port_is_forgotten_either_way() {
+        on_own_thread("conntrack", |thread| {
+            thread.unshare(&[Kind::Net])?;
+            sys::link::set_up("lo")?;
+            let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
+            // Tracking begins with the first rule that asks for it.
+            crate::host_ports::Rules::new("t".into(), Default::default()).make(&socket)?;
+            let send = || {
+                for to in ["127.0.0.1:5001", "127.0.0.1:5002", "[::1]:5001", "[::1]:5002"] {
+                    let from = if to.starts_with('[') { "[::1]:0" } else { "127.0.0.1:0" };
+                    UdpSocket::bind(from).unwrap().send_to(b"x", to).unwrap();
+                }
+            };
+            send();
+            assert_eq!(tracked(), [5001, 5001, 5002, 5002]);
+            forget(&socket, 6, &[5001])?;
+            assert_eq!(tracked().len(), 4, "another protocol's port");
+            forget(&socket, 17, &[5001])?;
+            assert_eq!(tracked(), [5002, 5002]);
+            forget(&socket, 17, &[5001])?;
+            forget_singly(&socket, 2, 17, 5002)?;
+            assert_eq!(tracked(), [5002]);
+            forget_singly(&socket, 10, 17, 5002)?;
+            forget_singly(&socket, 10, 17, 5002)?;
+            assert_eq!(tracked(), [0u16; 0]);
+            Ok(())
+        })
+        .unwrap();
+    }
+}

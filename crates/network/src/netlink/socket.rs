@@ -69,8 +69,11 @@ impl Socket {
     /// Sends `batch` and returns the messages that were refused, in order. Others
     /// were carried out: each stands for itself, but for nf_tables' transactions.
     pub(crate) fn carry_out(&self, batch: &Batch) -> Result<Vec<Refused>> {
-        self.send(batch)?;
         let mut refused = Vec::new();
+        if batch.len() == 0 {
+            return Ok(refused);
+        }
+        self.send(batch)?;
         // All answers have been queued by the time that sending returned.
         while let Some(part) = self.receive(RecvFlags::DONTWAIT)? {
             for (kind, flags, sequence, body) in messages(&part) {
