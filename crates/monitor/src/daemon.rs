@@ -55,8 +55,12 @@ fn pipe(name: &str, inherited: &mut BTreeMap<RawFd, OwnedFd>) -> Result<Option<O
 /// `None` in the process that the caller started, once the daemon is made.
 fn prepare(flags: Flags, mut inherited: BTreeMap<RawFd, OwnedFd>) -> Result<Option<Ready>> {
     let cwd = std::env::current_dir().context(|| "Failed to get working directory".into())?;
+    let marks_nothing = flags.no_container_partial_message;
     let settings = Settings::new(flags, &cwd)?;
     say::configure(settings.level, settings.syslog.then_some(settings.id.as_str()));
+    if marks_nothing && settings.logs.journal.is_none() {
+        say::warn(format_args!("--no-container-partial-message has no effect without journald log driver"));
+    }
     let logs = Logs::open(&settings.logs)?;
     let start = pipe("_OCI_STARTPIPE", &mut inherited)?;
     let sync = pipe("_OCI_SYNCPIPE", &mut inherited)?;
