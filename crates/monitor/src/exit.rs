@@ -104,13 +104,12 @@ fn mode() -> Mode {
     Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH
 }
 
-/// Waits for the delay, then starts the program in a process of its own, whose
+/// Starts the program in a process of its own, which waits for the delay first; its
 /// number is returned. Processes that it leaves behind are no longer ours.
 ///
 /// # Errors
 /// Those of fork.
 pub fn start_exit_command(command: &ExitCommand, oom_score: Option<&str>) -> Result<i32> {
-    std::thread::sleep(command.delay);
     // It may double-fork to outlive us; a subreaper would get the second one back.
     if let Err(e) = rustix::process::set_child_subreaper(None) {
         crate::say::warn(format_args!("stop being a subreaper: {e}"));
@@ -125,6 +124,7 @@ pub fn start_exit_command(command: &ExitCommand, oom_score: Option<&str>) -> Res
                 let _ = std::fs::write("/proc/self/oom_score_adj", score);
             }
             sys::signals::unblock_all();
+            std::thread::sleep(command.delay);
             let e = exit.exec();
             crate::say::error(format_args!("exit command {}: {e}", command.program.display()));
             std::process::exit(1)

@@ -24,7 +24,9 @@ pub fn spare_us() -> Option<String> {
 /// The watch on the process's cgroup.
 #[derive(Debug)]
 pub struct OomWatch {
-    fd: OwnedFd,
+    /// `None` where the kernel has no way to tell; then the count alone is looked at,
+    /// at the end.
+    fd: Option<OwnedFd>,
     kills: Kills,
     /// The kernel may count a moment after it has spoken.
     looks_left: u32,
@@ -37,23 +39,26 @@ impl OomWatch {
     /// Begins to watch the cgroup of `pid`; `None` where it has none of its own, or
     /// has ended already.
     pub fn begin(pid: i32, new: bool, directories: Vec<PathBuf>, poll: &Poll) -> Option<Self> {
-        let began = Cgroup::of(pid).and_then(|cgroup| {
-            let fd = descriptor(&cgroup)?;
-            poll.watch(&fd, Token::Oom, Flags::IN)?;
-            Ok((fd, if new { Kills::from_none(&cgroup) } else { Kills::from_now(&cgroup) }))
-        });
-        match began {
-            Ok((fd, kills)) => Some(Self { fd, kills, looks_left: 0, next_look: None, directories, found: false }),
+        let cgroup = match Cgroup::of(pid) {
+            Ok(cgroup) => cgroup,
             Err(e) => {
                 crate::say::debug(format_args!("no word of the OOM killer: {e}"));
-                None
+                return None;
             }
+        };
+        let fd = descriptor(&cgroup).and_then(|fd| poll.watch(&fd, Token::Oom, Flags::IN).map(|()| fd));
+        if let Err(e) = &fd {
+            crate::say::debug(format_args!("no early word of the OOM killer: {e}"));
         }
+        let kills = if new { Kills::from_none(&cgroup) } else { Kills::from_now(&cgroup) };
+        Some(Self { fd: fd.ok(), kills, looks_left: 0, next_look: None, directories, found: false })
     }
 
     /// The kernel has spoken. False: the cgroup is gone, and the watch over.
     pub fn spoken(&mut self) -> bool {
-        acknowledge(&self.fd);
+        if let Some(fd) = &self.fd {
+            acknowledge(fd);
+        }
         self.looks_left = RECHECKS;
         self.look();
         !self.kills.gone()
@@ -78,8 +83,9 @@ impl OomWatch {
 
     /// The process has ended: whether the killer did it has to be known now.
     pub fn last_look(&mut self, killed: bool) {
-        let mut event = [0u8; 8];
-        let spoken = rustix::io::read(&self.fd, &mut event).is_ok() || self.looks_left > 0;
+        let mut event = [0u8; 1024];
+        let unread = self.fd.as_ref().is_some_and(|fd| rustix::io::read(fd, &mut event).is_ok());
+        let spoken = unread || self.looks_left > 0;
         self.look();
         for _ in 0..if spoken && killed { RECHECKS } else { 0 } {
             if self.found {
