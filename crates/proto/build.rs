@@ -111,13 +111,16 @@ impl prost_build::ServiceGenerator for TtrpcServices {
 
             /// The client side of `{full}`. A timeout of zero means none.
             #[derive(Clone)]
-            pub struct {name}Client {{ client: ::ttrpc::r#async::Client, service: String }}
+            pub struct {name}Client<C = ::ttrpc::r#async::Client> {{ client: C, service: String }}
 
             impl {name}Client {{
                 /// The service's full name in the protocol file.
                 pub const SERVICE: &'static str = \"{full}\";
+            }}
+
+            impl<C: crate::ttrpc_glue::Caller> {name}Client<C> {{
                 /// Calls go to the service of this full name.
-                pub fn new(client: ::ttrpc::r#async::Client, service: impl Into<String>) -> Self {{
+                pub fn new(client: C, service: impl Into<String>) -> Self {{
                     Self {{ client, service: service.into() }}
                 }}
                 {calls}

@@ -88,7 +88,12 @@ impl Cri {
 
     /// RunPodSandbox.
     pub async fn run_pod(&self, config: &PodSandboxConfig) -> Result<String, Status> {
-        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+        self.run_pod_by("", config).await
+    }
+
+    /// RunPodSandbox with a handler.
+    pub async fn run_pod_by(&self, handler: &str, config: &PodSandboxConfig) -> Result<String, Status> {
+        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
         Ok(self.runtime.clone().run_pod_sandbox(request).await?.into_inner().pod_sandbox_id)
     }
 

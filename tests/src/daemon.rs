@@ -243,7 +243,7 @@ impl Daemon {
             .filter(|pid| {
                 let cwd = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
                 let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-                exe.to_string_lossy().contains(handler().shim()) && cwd.to_string_lossy().contains(&own)
+                exe.to_string_lossy().contains("containerd-shim-") && cwd.to_string_lossy().contains(&own)
             })
             .collect()
     }

@@ -20,19 +20,19 @@ pub fn handler() -> Handler {
 }
 
 impl Handler {
+    /// The default handler's name in that configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ours => "runc",
+            Self::GoShim => "go-shim",
+        }
+    }
+
     /// What a daemon's configuration says of it.
     pub fn config(self) -> &'static str {
         match self {
             Self::Ours => "",
             Self::GoShim => "[runtime]\nhandler = \"go-shim\"\n[runtimes.go-shim]\nshim = \"io.containerd.runc.v2\"\n",
-        }
-    }
-
-    /// What the file name of its shims begins with.
-    pub fn shim(self) -> &'static str {
-        match self {
-            Self::Ours => "containerd-shim-longshore-v2",
-            Self::GoShim => "containerd-shim-runc-v2",
         }
     }
 }

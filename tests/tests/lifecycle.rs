@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, busybox, children, command_line, container, in_pid_namespace, namespace, signal, wait_for,
+    Cri, Daemon, Handler, busybox, children, command_line, container, handler, in_pid_namespace, namespace, signal,
+    wait_for,
 };
 use proto::cri::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -281,7 +282,10 @@ async fn a_stop_overtakes_a_start_that_hangs() {
     });
     tokio::time::sleep(Duration::from_millis(500)).await;
     let begun = Instant::now();
-    assert_eq!(cri.exec(&neighbour, &["echo", "free"], 5).await.unwrap().stdout, "free\n");
+    // Create holds a lock of Go's shim that each other call takes, in all versions.
+    if handler() != Handler::GoShim {
+        assert_eq!(cri.exec(&neighbour, &["echo", "free"], 5).await.unwrap().stdout, "free\n");
+    }
     cri.stop(&id, 30).await.unwrap();
     let took = begun.elapsed();
     let e = starting.await.unwrap().unwrap_err();

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, busybox, children, command_line, container, in_pid_namespace, namespace, signal, wait_for,
+    Cri, Daemon, Handler, busybox, children, command_line, container, handler, in_pid_namespace, namespace, signal,
+    wait_for,
 };
 use proto::cri::*;
 use std::process::Stdio;
@@ -96,8 +97,11 @@ async fn a_killed_daemon_finds_all_again() {
         std::fs::write(go.join("now"), "").unwrap();
         wait_for("a container ends while there is no daemon", BOUND, || command_line(brief_pid).is_empty());
         let log = daemon.dir().join(format!("log-{name}/talker.log"));
-        let written = lines(&log).len();
-        wait_for("the log goes on without a daemon", BOUND, || lines(&log).len() > written + 5);
+        // A foreign shim's output waits in its FIFO for the daemon that logs it.
+        if handler() == Handler::Ours {
+            let written = lines(&log).len();
+            wait_for("the log goes on without a daemon", BOUND, || lines(&log).len() > written + 5);
+        }
         tokio::time::sleep(Duration::from_millis(300)).await;
         let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
         daemon.begin().await;
@@ -158,7 +162,9 @@ async fn daemon_and_shim_die_together() {
     wait_for("the shim is dead", BOUND, || command_line(shim).is_empty());
     daemon.begin().await;
     let cri = daemon.cri().await;
-    assert_eq!(cri.status(&brief).await.unwrap().exit_code, 9, "its certificate outlives both");
+    // Death certificates are our own shim's; nobody knows more of a foreign one's.
+    let known = if handler() == Handler::Ours { 9 } else { 137 };
+    assert_eq!(cri.status(&brief).await.unwrap().exit_code, known, "its certificate outlives both");
     let status = cri.exited(&id, BOUND).await;
     assert_eq!(status.exit_code, 137, "{status:?}");
     wait_for("the orphaned process is dead", BOUND, || command_line(pid).is_empty());

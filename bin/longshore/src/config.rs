@@ -77,6 +77,8 @@ pub struct HandlerConfig {
     pub binary: PathBuf,
     /// The OCI runtime's state.
     pub root: PathBuf,
+    /// What a pod's own process is.
+    pub sandbox: runtime::SandboxKind,
     /// What the shim is told with each container.
     pub options: OptionsConfig,
     /// Annotations that reach this handler's shim and OCI runtime, besides those of

@@ -113,7 +113,7 @@ async fn one(config: &Config, name: &str, own: &HandlerConfig) -> Result<One> {
     if let Some(why) = &broken {
         info["broken"] = json!(why);
     }
-    let handler = Handler { name: name.to_string(), node, policy: policy(config, own), broken };
+    let handler = Handler { name: name.to_string(), node, policy: policy(config, own), sandbox: own.sandbox, broken };
     let root = [&own.root, &config.runtime.root].into_iter().find(|p| !p.as_os_str().is_empty());
     let shim = own.monitor.is_empty().then(|| ShimHandler {
         name: name.to_string(),
@@ -122,6 +122,7 @@ async fn one(config: &Config, name: &str, own: &HandlerConfig) -> Result<One> {
         runtime_root: root.cloned().unwrap_or_else(|| config.state.join("oci")),
         systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
         options,
+        sandbox: own.sandbox,
         timeouts: timeouts(config, &own.timeouts),
     });
     Ok(One { handler, shim, info })

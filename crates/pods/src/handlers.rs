@@ -1,6 +1,7 @@
 //! The runtime handlers of this node: what each can do, and what the operator has
 //! chosen for its pods.
 
+use runtime::SandboxKind;
 use spec::{NodeFacts, NodePolicy};
 use types::{Error, Result};
 
@@ -13,6 +14,8 @@ pub struct Handler {
     pub node: NodeFacts,
     /// What the operator has chosen for its containers.
     pub policy: NodePolicy,
+    /// What a pod's own process is.
+    pub sandbox: SandboxKind,
     /// Why it can't run pods, where it can't.
     pub broken: Option<String>,
 }
@@ -93,6 +96,7 @@ mod tests {
             name: name.into(),
             node: crate::facts::node_facts(None).unwrap(),
             policy: NodePolicy::default(),
+            sandbox: SandboxKind::Pinned,
             broken: broken.map(str::to_string),
         };
         let all = Handlers::new(one("runc", None), vec![one("crun", Some("it refuses this layout"))]);

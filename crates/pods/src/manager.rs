@@ -10,11 +10,11 @@ use crate::handlers::Handlers;
 use crate::ops::{self, NewPod};
 use crate::owner::{Msg, Owner};
 use crate::registry::{NameHolder, PodHandle};
-use crate::sandbox;
+use crate::sandbox::{self, NamespacePlan};
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, ContainerState, PodInfo, PodPhase, PodView, pod_name};
 use proto::cri::{ContainerConfig, LinuxContainerResources, PodSandboxConfig};
-use runtime::{ExecOutput, RuntimeEvent, TaskState};
+use runtime::{ExecOutput, RuntimeEvent, SandboxKind, TaskState};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -86,8 +86,10 @@ impl Pods {
     /// pod of that name, uid, namespace and attempt exists; else what failed.
     pub async fn run_pod(&self, config: PodSandboxConfig, handler: &str) -> Result<String> {
         let key = pod_key(&config)?;
-        let runtime = self.shared.handlers.admit(handler)?.name.clone();
+        let handler_of = self.shared.handlers.admit(handler)?;
+        let (runtime, pause) = (handler_of.name.clone(), handler_of.sandbox != SandboxKind::Pinned);
         let plan = sandbox::plan(&config, |id| self.target_pid(id)).map_err(|e| e.within(pod_name(&config)))?;
+        let plan = NamespacePlan { pause, ..plan };
         spec::check_pod(&config)?;
         let id = types::new_id()?;
         let (tx, mut attempt) = watch::channel(None);

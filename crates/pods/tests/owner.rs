@@ -40,6 +40,7 @@ async fn rig() -> Rig {
         name: "runc".into(),
         node: pods::facts::node_facts(None).unwrap(),
         policy: spec::NodePolicy::default(),
+        sandbox: runtime::SandboxKind::Pinned,
         broken: None,
     };
     let shared = Shared {

@@ -52,24 +52,46 @@ where
     Box::new(Unary { serve: Box::new(serve) })
 }
 
+/// What carries encoded calls: a ttrpc connection, or another transport with the
+/// same codes.
+pub trait Caller: Send + Sync {
+    /// One unary call. A `timeout` of zero means none.
+    ///
+    /// # Errors
+    /// `RpcStatus` with the peer's code; `RemoteClosed` and others of the transport.
+    fn unary(
+        &self,
+        service: &str,
+        method: &str,
+        timeout: Duration,
+        payload: Vec<u8>,
+    ) -> impl Future<Output = ttrpc::Result<Vec<u8>>> + Send;
+}
+
+impl Caller for ttrpc::r#async::Client {
+    async fn unary(&self, service: &str, method: &str, timeout: Duration, payload: Vec<u8>) -> ttrpc::Result<Vec<u8>> {
+        let mut request = ttrpc::Request::new();
+        request.service = service.to_string();
+        request.method = method.to_string();
+        request.timeout_nano = i64::try_from(timeout.as_nanos()).unwrap_or(i64::MAX);
+        request.payload = payload;
+        self.request(request).await.map(|response| response.payload)
+    }
+}
+
 /// One unary call. A `timeout` of zero means none.
 ///
 /// # Errors
-/// `RpcStatus` with the peer's code; `RemoteClosed` and others of the transport.
+/// Those of the [`Caller`].
 pub async fn call<I: Message, O: Message + Default>(
-    client: &ttrpc::r#async::Client,
+    client: &impl Caller,
     service: &str,
     method: &str,
     timeout: Duration,
     req: &I,
 ) -> ttrpc::Result<O> {
-    let mut request = ttrpc::Request::new();
-    request.service = service.to_string();
-    request.method = method.to_string();
-    request.timeout_nano = i64::try_from(timeout.as_nanos()).unwrap_or(i64::MAX);
-    request.payload = req.encode_to_vec();
-    let response = client.request(request).await?;
-    O::decode(response.payload.as_slice())
+    let answer = client.unary(service, method, timeout, req.encode_to_vec()).await?;
+    O::decode(answer.as_slice())
         .map_err(|e| ttrpc::Error::Others(format!("{service}/{method}: the answer can't be read: {e}")))
 }
 

@@ -23,6 +23,19 @@ pub struct PodSpec {
     pub bundle_gid: Option<u32>,
 }
 
+/// What is the pod's own process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SandboxKind {
+    /// None but where its containers share a pid namespace: its namespaces are pinned.
+    #[default]
+    Pinned,
+    /// A pause task in the shim: what VM runtimes make their VM for.
+    Pause,
+    /// The shim itself, by the sandbox API.
+    Shim,
+}
+
 /// What runs a pod, once it has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]

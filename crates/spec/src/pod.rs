@@ -219,6 +219,7 @@ pub fn sandbox_init_spec(
     namespaces: &PodNamespaces,
     binary: &Path,
     node: &NodeFacts,
+    policy: &NodePolicy,
 ) -> Result<Spec> {
     let parent = config.linux.as_ref().map_or("", |l| l.cgroup_parent.as_str());
     let nothing = caps::none();
@@ -257,7 +258,8 @@ pub fn sandbox_init_spec(
         mounts::mount(Path::new("/dev"), "tmpfs", Path::new("tmpfs"), &["nosuid", "noexec", "mode=755", "size=64k"])?,
         mounts::mount(Path::new(INIT), "bind", binary, &["bind", "ro", "nosuid", "nodev"])?,
     ];
-    let identity = annotations::identity(pod_id, config, None);
+    // A VM runtime reads here what its VM shall be.
+    let identity = pod_annotations(pod_id, config, policy);
     let mut spec = blank()?;
     spec.set_root(Some(
         RootBuilder::default().path("rootfs").readonly(true).build().context(|| "init's rootfs".into())?,
@@ -364,7 +366,9 @@ mod tests {
         let config = cri::PodSandboxConfig::default();
         let node = NodeFacts { seccomp: true, arch: "x86_64".into(), ..Default::default() };
         let namespaces = PodNamespaces { net: Some("/n".into()), ..Default::default() };
-        let spec = sandbox_init_spec("p", &config, &namespaces, Path::new("/usr/libexec/init"), &node).unwrap();
+        let spec =
+            sandbox_init_spec("p", &config, &namespaces, Path::new("/usr/libexec/init"), &node, &NodePolicy::default())
+                .unwrap();
         let process = spec.process().clone().unwrap();
         assert!(process.capabilities().as_ref().unwrap().bounding().as_ref().unwrap().is_empty());
         assert_eq!(process.no_new_privileges(), Some(true));

@@ -226,7 +226,8 @@ fn a_pods_init_can_be_created() {
     std::fs::remove_dir_all(&empty).unwrap();
     std::fs::create_dir(&empty).unwrap();
     let binary = PathBuf::from("/bin/busybox");
-    let spec = sandbox_init_spec("pod", &inputs.pod, &inputs.namespaces, &binary, &inputs.node).unwrap();
+    let spec =
+        sandbox_init_spec("pod", &inputs.pod, &inputs.namespaces, &binary, &inputs.node, &inputs.policy).unwrap();
     bundle.write(&spec);
     let mut command = Command::new("runc");
     command.arg("--root").arg(bundle.path("state")).args([

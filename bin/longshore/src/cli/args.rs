@@ -10,6 +10,9 @@ pub struct Cli {
     /// The daemon's socket [default: /run/longshore/longshore.sock]
     #[arg(long, global = true, env = "LONGSHORE_SOCKET", value_name = "PATH", hide_env_values = true)]
     pub socket: Option<PathBuf>,
+    /// Where a shim was told to send its events
+    #[arg(long, global = true, hide = true, value_name = "PATH")]
+    pub address: Option<PathBuf>,
     /// How results are printed
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
     pub output: Format,
@@ -58,10 +61,27 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Draw what each step of a pod's start took
     Timeline(TimelineArgs),
+    /// Send a shim's event to the daemon; shims of containerd's older kind execute it
+    #[command(hide = true)]
+    Publish(PublishArgs),
     /// Print every configuration key with its default
     Config,
     /// Print the versions of client and daemon
     Version,
+}
+
+/// Options of `publish`; the event, an encoded `google.protobuf.Any`, comes on stdin.
+#[derive(Debug, Args)]
+pub struct PublishArgs {
+    /// The global `--address`.
+    #[arg(skip)]
+    pub address: Option<PathBuf>,
+    /// What it is about, such as /tasks/exit
+    #[arg(long)]
+    pub topic: String,
+    /// The namespace of the container
+    #[arg(long, default_value = "k8s.io")]
+    pub namespace: String,
 }
 
 /// Options of the daemon.

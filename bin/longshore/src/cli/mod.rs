@@ -8,7 +8,7 @@
 //! output.rs      tables, JSON, sizes and times for people
 //! run/           `run`: flags -> CRI configs, the container's life, its signals and stdin
 //! log/           the CRI log format, and following a log file by inotify
-//! list.rs exec.rs logs.rs lifecycle.rs images.rs inspect.rs timeline.rs version.rs
+//! list.rs exec.rs logs.rs lifecycle.rs images.rs inspect.rs timeline.rs publish.rs version.rs
 //! ```
 //!
 //! Exit codes: 0; 1 for a failure (one line on stderr); 2 for wrong usage; `run` and
@@ -28,6 +28,7 @@ mod list;
 mod log;
 mod logs;
 mod output;
+mod publish;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -54,6 +55,9 @@ pub fn parse() -> Cli {
     let mut cli = Cli::parse();
     if let Command::Serve(serve) = &mut cli.command {
         serve.socket.clone_from(&cli.socket);
+    }
+    if let Command::Publish(publish) = &mut cli.command {
+        publish.address.clone_from(&cli.address);
     }
     cli
 }
@@ -125,6 +129,7 @@ async fn dispatch(context: &Context, command: Command) -> Result<u8> {
             crate::config::print_default();
             Ok(())
         }
+        Command::Publish(args) => publish::publish(args).await,
         Command::Version => version::version(context).await,
     }
     .map(|()| 0)

@@ -10,7 +10,7 @@ use crate::sandbox::{NamespacePlan, SandboxRequest, SandboxState};
 use crate::shared::Shared;
 use crate::state::{PodInfo, PodPhase, PodState, pod_name};
 use proto::cri::PodSandboxConfig;
-use runtime::{TaskIo, TaskSpec};
+use runtime::{TaskIo, TaskSpec, TaskState};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
@@ -69,8 +69,14 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
     let (sandbox, process) = tokio::join!(sandbox, process);
     let (mut sandbox, process) = (sandbox?, process?);
     let mut init_pid = 0;
-    if new.plan.shares_pid() {
+    if new.plan.has_init() {
         init_pid = timelines.timed(&new.id, OP, "init", "", start_init(shared, new, &sandbox)).await?;
+    }
+    if new.plan.shares_pid() {
+        if init_pid == 0 {
+            return Err(Error::precondition("its handler's sandbox is no process whose pid namespace could be shared")
+                .hint("set the pid mode to CONTAINER, or another handler"));
+        }
         // Pinned, so that containers join this very namespace whoever has the pid later.
         sandbox.pid = Some(shared.sandboxes.pin_target(&new.id, &new.id, init_pid).await?);
     }
@@ -85,7 +91,7 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
             process: Some(process),
             sandbox,
             torn_down: false,
-            init: init_pid != 0,
+            init: new.plan.has_init(),
             init_pid,
         },
     };
@@ -96,8 +102,9 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
 async fn start_init(shared: &Arc<Shared>, new: &NewPod, sandbox: &SandboxState) -> Result<u32> {
     let rootfs = shared.sandboxes.init_rootfs(&new.id).await?;
     let binary = &shared.config.pod_init;
-    let node = &shared.handlers.of_pod(&new.runtime)?.node;
-    let spec = spec::sandbox_init_spec(&new.id, &new.config, &sandbox.namespaces(), binary, node)?;
+    let handler = shared.handlers.of_pod(&new.runtime)?;
+    let spec =
+        spec::sandbox_init_spec(&new.id, &new.config, &sandbox.namespaces(), binary, &handler.node, &handler.policy)?;
     let config_json = serde_json::to_string(&spec).context(|| format!("encode the init of pod {}", new.id))?;
     let task = TaskSpec {
         id: new.id.clone(),
@@ -108,7 +115,14 @@ async fn start_init(shared: &Arc<Shared>, new: &NewPod, sandbox: &SandboxState) 
     let pod = pod_spec(shared, &new.id, &new.config, &new.runtime, new.plan.mapped_root_gid());
     let pid = shared.bounded("creating the pod's init", shared.runtime.create_task(&pod, &task)).await?;
     shared.bounded("starting the pod's init", shared.runtime.start_task(&new.id, &new.id)).await?;
-    Ok(pid)
+    if pid != 0 {
+        return Ok(pid);
+    }
+    // A sandbox by the sandbox API has its pid, if it has one, once it has started.
+    match shared.runtime.task_state(&new.id, &new.id).await? {
+        TaskState::Running { pid } => Ok(pid),
+        other => Err(Error::internal(format!("its sandbox has started and is {other:?}"))),
+    }
 }
 
 async fn save(shared: &Arc<Shared>, key: &str, info: &PodInfo) -> Result<()> {

@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     fn plan(own: bool) -> NamespacePlan {
-        NamespacePlan { net: own, ipc: own, uts: own, pid: PidPlan::Private, user: None }
+        NamespacePlan { net: own, ipc: own, uts: own, pid: PidPlan::Private, user: None, pause: false }
     }
 
     fn dns(servers: &[&str], searches: &[&str], options: &[&str]) -> DnsConfig {

@@ -37,6 +37,10 @@ pub struct NamespacePlan {
     pub pid: PidPlan,
     /// The user namespace's maps.
     pub user: Option<IdMaps>,
+    /// A task of the pod's own runs whatever its pid namespace: its handler asks for
+    /// one.
+    #[serde(default)]
+    pub pause: bool,
 }
 
 impl NamespacePlan {
@@ -48,6 +52,11 @@ impl NamespacePlan {
     /// The node's uid of the pod's root.
     pub fn mapped_root_uid(&self) -> Option<u32> {
         self.user.as_ref().and_then(IdMaps::root_uid)
+    }
+
+    /// True where the pod has a task of its own.
+    pub fn has_init(&self) -> bool {
+        self.pause || self.shares_pid()
     }
 
     /// True where a sandbox task must run as the init of a shared pid namespace.
@@ -89,7 +98,7 @@ pub fn plan(config: &PodSandboxConfig, target_pid: impl FnOnce(&str) -> Result<u
             )));
         }
     }
-    Ok(NamespacePlan { net, ipc, uts: net, pid, user })
+    Ok(NamespacePlan { net, ipc, uts: net, pid, user, pause: false })
 }
 
 /// The pid namespace of one container.
@@ -226,7 +235,10 @@ mod tests {
     #[test]
     fn without_options_all_is_the_pods() {
         let plan = plan(&PodSandboxConfig::default(), |_| Err(Error::internal("not asked"))).unwrap();
-        assert_eq!(plan, NamespacePlan { net: true, ipc: true, uts: true, pid: PidPlan::Pod, user: None });
+        assert_eq!(
+            plan,
+            NamespacePlan { net: true, ipc: true, uts: true, pid: PidPlan::Pod, user: None, pause: false }
+        );
     }
 
     #[test]

@@ -44,7 +44,7 @@ struct Setup {
 /// # Errors
 /// That of the step that failed, and of the undoing where that failed too.
 pub(super) fn run(order: Order) -> Result<SandboxState> {
-    let own_init = order.plan.shares_pid();
+    let own_init = order.plan.has_init();
     let own_shm = order.plan.ipc;
     let target = matches!(order.plan.pid, PidPlan::Target { .. });
     let mut setup = Setup { order, undo: Vec::new(), steps: Vec::new() }

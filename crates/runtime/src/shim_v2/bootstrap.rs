@@ -47,7 +47,7 @@ impl Bootstrap {
         }
         self.protocol = match self.protocol.to_ascii_lowercase().as_str() {
             "" | "ttrpc" => "ttrpc".into(),
-            "grpc" => return Err(Error::unimplemented(format!("the shim at {} speaks gRPC", self.address))),
+            "grpc" => "grpc".into(),
             other => {
                 return Err(Error::unimplemented(format!("the shim speaks {other:?}, which is no protocol of shims")));
             }
@@ -97,6 +97,11 @@ impl Bootstrap {
         }
     }
 
+    /// True for a shim that speaks gRPC.
+    pub(crate) fn is_grpc(&self) -> bool {
+        self.protocol == "grpc"
+    }
+
     /// The full name of the task service that this shim serves.
     pub(crate) fn task_service(&self) -> &'static str {
         if self.version >= 3 { "containerd.task.v3.Task" } else { "containerd.task.v2.Task" }
@@ -125,6 +130,8 @@ mod tests {
         let json = Bootstrap::parse(br#"{"version":3,"address":"unix:///run/s","protocol":"TTRPC"}"#).unwrap();
         assert_eq!(json, Bootstrap { version: 3, address: "unix:///run/s".into(), protocol: "ttrpc".into() });
         assert_eq!(json.task_service(), "containerd.task.v3.Task");
+        let grpc = Bootstrap::parse(br#"{"version":3,"address":"unix:///run/s","protocol":"gRPC"}"#).unwrap();
+        assert!(grpc.is_grpc() && !json.is_grpc());
         let bare = Bootstrap::parse(b"unix:///run/s\n").unwrap();
         assert_eq!((bare.version, bare.protocol.as_str()), (2, "ttrpc"));
         let wire = BootstrapResult {

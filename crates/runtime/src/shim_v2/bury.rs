@@ -27,12 +27,30 @@ pub(super) async fn bury(inner: &Arc<Inner>, pod: &Arc<Pod>, bootstrap: &Bootstr
     bundle::remove_socket(&bootstrap.address);
 }
 
+/// Waits for the calls of the OCI runtime that still make a container, at most
+/// `bound` each. True where there were any. Our own shim knows of its own.
+pub(super) async fn created(id: &str, bound: std::time::Duration) -> bool {
+    let container = id.to_string();
+    let calls = blocking(move || Ok(super::holders::creators(&container))).await.unwrap_or_default();
+    let any = !calls.is_empty();
+    for call in calls {
+        call.gone(bound).await;
+    }
+    any
+}
+
 impl Inner {
     /// Runs `delete` for one task of a dead shim, and says how the task ended:
     /// as its bundle knows, else as `delete` answers (137), else 255.
     pub(super) async fn bury_task(self: &Arc<Self>, pod: &str, id: &str) -> Certificate {
         let dir = self.layout.task(pod, id);
         let handler = self.handler_of(pod).await;
+        if let Ok(handler) = &handler
+            && !handler.bears_our_name()
+        {
+            // What a foreign shim had begun would go on behind its `delete`.
+            created(id, handler.timeouts.cleanup).await;
+        }
         let answer = match &handler {
             Ok(handler) if dir.exists() => self.binary(handler).await.delete(&dir, id, handler.timeouts.cleanup).await,
             Ok(_) => Err(Error::not_found(format!("bundle {}", dir.display()))),

@@ -1,6 +1,7 @@
 //! What the manager is told, and how long it waits for what.
 
 use super::bundle::write_atomic;
+use crate::api::SandboxKind;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -72,6 +73,9 @@ pub struct Handler {
     pub systemd_cgroup: bool,
     /// What Create gets.
     pub options: TaskOptions,
+    /// What a pod's own task is.
+    #[serde(default)]
+    pub sandbox: SandboxKind,
     /// The bounds.
     #[serde(skip)]
     pub timeouts: Timeouts,
@@ -178,6 +182,7 @@ mod tests {
             runtime_root: "/run/oci".into(),
             systemd_cgroup: false,
             options: TaskOptions::runc(),
+            sandbox: SandboxKind::Pinned,
             timeouts: Timeouts { load: Duration::from_secs(seconds), ..Timeouts::default() },
         };
         let config = ShimConfig {

@@ -117,6 +117,10 @@ impl Inner {
     pub(super) async fn create_task(self: &Arc<Self>, spec: &PodSpec, task: TaskSpec) -> Result<u32> {
         let pod = self.find_or_insert(&spec.id);
         let shim = pod.ensure(self, Some(spec)).await?;
+        if shim.is_sandbox(&task.id) {
+            let options = options(&shim.handler, &task.config_json, spec.bundle_gid.is_some());
+            return self.create_sandbox(&pod, &shim, spec, &task, options).await;
+        }
         let entry = Arc::new(Task::new(&task.id));
         pod.update(|s| {
             if s.tasks.contains_key(&task.id) {

@@ -4,6 +4,7 @@
 //! one says what nothing else does: that the OOM killer struck.
 
 use super::Inner;
+use super::rpc::call;
 use async_trait::async_trait;
 use prost::Message;
 use proto::containerd::events::TaskOom;
@@ -35,6 +36,35 @@ impl Events for Sink {
         }
         Ok(())
     }
+}
+
+/// What `longshore publish` does, which older shims execute for each event: sends
+/// it on to the daemon that serves at `address` (the shim's `-address`, without
+/// the ending `.ttrpc`). `event` is an encoded `google.protobuf.Any`.
+///
+/// # Errors
+/// `InvalidArgument` for what is no event; else why it could not be sent.
+pub async fn publish(address: &std::path::Path, namespace: &str, topic: &str, event: &[u8]) -> Result<()> {
+    const BOUND: std::time::Duration = std::time::Duration::from_secs(5);
+    let what = || format!("publish an event of {topic} to {}", address.display());
+    if !topic.starts_with('/') {
+        return Err(Error::invalid(format!("{}: a topic begins with a slash", what())));
+    }
+    let event = prost_types::Any::decode(event)
+        .context_kind(types::ErrorKind::InvalidArgument, || format!("{}: what came on stdin is no event", what()))?;
+    let mut socket = address.as_os_str().to_owned();
+    socket.push(".ttrpc");
+    let stream = tokio::net::UnixStream::connect(&socket).await;
+    let stream = stream.context_kind(types::ErrorKind::Unavailable, || format!("{}: is the daemon up?", what()))?;
+    let client = EventsClient::new(ttrpc::r#async::Client::new(stream.into()), EventsClient::SERVICE);
+    let envelope = proto::containerd::types::Envelope {
+        timestamp: Some(crate::now().into()),
+        namespace: namespace.to_string(),
+        topic: topic.to_string(),
+        event: Some(event),
+    };
+    let sent = call(BOUND, client.forward(BOUND, ForwardRequest { envelope: Some(envelope) })).await;
+    sent.map(|_| ()).map_err(|e| e.within(&what(), BOUND))
 }
 
 /// Serves `<state>/events/sock.ttrpc` until the daemon ends.

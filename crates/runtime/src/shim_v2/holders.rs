@@ -56,20 +56,35 @@ pub(crate) fn shims_in(bundle: &Path, pod: &str) -> Vec<Process> {
     let sits = |proc: &Path| {
         fs::read_link(proc.join("cwd")).is_ok_and(|cwd| cwd == bundle) && arguments(proc).iter().any(|a| a == pod)
     };
+    held(sits)
+}
+
+/// The processes that `wanted` is true of, held.
+fn held(wanted: impl Fn(&Path) -> bool) -> Vec<Process> {
     let mut found = Vec::new();
     for (pid, proc) in all() {
-        if !sits(&proc) {
+        if !wanted(&proc) {
             continue;
         }
         let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
         // Looked at again once it is held: the number may have changed hands.
         if let Some(Ok(fd)) = raw.map(|p| pidfd_open(p, PidfdFlags::empty()))
-            && sits(&proc)
+            && wanted(&proc)
         {
             found.push(Process { pid, fd });
         }
     }
     found
+}
+
+/// The calls of an OCI runtime that still make the container `id`: processes that
+/// were told to create it.
+pub(crate) fn creators(id: &str) -> Vec<Process> {
+    let creates = |proc: &Path| {
+        let arguments = arguments(proc);
+        arguments.iter().any(|a| a == id) && arguments.iter().any(|a| a == "create")
+    };
+    held(creates)
 }
 
 /// The pipes that are a process's stdout and stderr.

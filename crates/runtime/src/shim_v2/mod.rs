@@ -1,4 +1,4 @@
-//! The shim manager: one shim per pod, over ttrpc (behaviours.md section 3).
+//! The shim manager: one shim per pod, over ttrpc or gRPC (behaviours.md section 3).
 //!
 //! ```text
 //!  ShimManager ── Inner ──┬─ pods: id ─► Pod ── watch<PodState{phase, tasks}>
@@ -6,7 +6,7 @@
 //!                         │                      │             ▲                      │   │
 //!                         │                      │             └──── Burying ◄── died ┘   │ stop
 //!                         │                      │                    Gone ◄── Stopping ◄─┘
-//!   caller ─► detached() ─┴─► start create task exec stop recover ─► Shim (ttrpc) ─► process
+//!   caller ─► detached() ─┴─► start create task exec stop recover ─► Shim (connection.rs) ─► process
 //!                                  ▲
 //!   Wait, outstanding per task ────┘──► RuntimeEvent::Exited
 //!   pidfd of the shim ───► bury ──────► Exited for each, ShimGone
@@ -22,6 +22,7 @@ mod bundle;
 mod bury;
 mod cgroup;
 mod config;
+mod connection;
 mod create;
 mod events;
 mod exec;
@@ -32,12 +33,14 @@ mod ops;
 mod pod;
 mod recover;
 mod rpc;
+mod sandbox;
 mod shim;
 mod start;
 mod stop;
 mod task;
 
 pub use config::{Handler, ShimConfig, TaskOptions, Timeouts};
+pub use events::publish;
 
 use crate::api::{
     ExecOutput, ExecSyncSpec, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec, TaskState,

@@ -2,7 +2,10 @@
 
 use super::bootstrap::Bootstrap;
 use super::config::{Handler, Timeouts};
+use super::connection::Connection;
 use super::rpc::{Fault, call};
+use crate::api::SandboxKind;
+use proto::containerd::runtime::sandbox::v1::SandboxClient;
 use proto::containerd::task::v3::{ConnectRequest, TaskClient};
 use proto::longshore_shim::{FeaturesRequest, LongshoreClient};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -22,14 +25,14 @@ pub(crate) struct Shim {
     /// With what it was begun.
     pub(crate) handler: Handler,
     process: AsyncFd<OwnedFd>,
-    connection: Mutex<ttrpc::r#async::Client>,
+    connection: Mutex<Connection>,
 }
 
 impl Shim {
     /// Connects, asks for the pid and for what the shim can, and takes a pidfd.
     pub(crate) async fn connect(pod: &str, bootstrap: Bootstrap, handler: Handler) -> Result<Self> {
         let bound = handler.timeouts.load;
-        let client = dial(&bootstrap).await?;
+        let client = Connection::dial(&bootstrap).await?;
         let what = || format!("connect to the shim of pod {pod} at {}", bootstrap.address);
         let task = TaskClient::new(client.clone(), bootstrap.task_service());
         let own = LongshoreClient::new(client.clone(), LongshoreClient::SERVICE);
@@ -68,23 +71,33 @@ impl Shim {
         &self.handler.timeouts
     }
 
-    fn client(&self) -> ttrpc::r#async::Client {
+    fn client(&self) -> Connection {
         self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The task service.
-    pub(crate) fn task(&self) -> TaskClient {
+    pub(crate) fn task(&self) -> TaskClient<Connection> {
         TaskClient::new(self.client(), self.bootstrap.task_service())
     }
 
+    /// True where `id` is the pod's own and the shim itself is its sandbox.
+    pub(crate) fn is_sandbox(&self, id: &str) -> bool {
+        self.handler.sandbox == SandboxKind::Shim && id == self.pod
+    }
+
+    /// The sandbox service.
+    pub(crate) fn sandbox(&self) -> SandboxClient<Connection> {
+        SandboxClient::new(self.client(), SandboxClient::SERVICE)
+    }
+
     /// Our private service.
-    pub(crate) fn longshore(&self) -> LongshoreClient {
+    pub(crate) fn longshore(&self) -> LongshoreClient<Connection> {
         LongshoreClient::new(self.client(), LongshoreClient::SERVICE)
     }
 
     /// Dials again after the connection broke while the process lives.
     pub(crate) async fn reconnect(&self) -> Result<()> {
-        let fresh = dial(&self.bootstrap).await?;
+        let fresh = Connection::dial(&self.bootstrap).await?;
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
         Ok(())
     }
@@ -108,21 +121,5 @@ impl Shim {
     /// SIGKILL to the very process that the pidfd means.
     pub(crate) fn kill(&self) {
         let _ = pidfd_send_signal(self.process.get_ref(), Signal::KILL);
-    }
-}
-
-/// A plain connect, so that a dead socket fails at once; one whose backlog is
-/// full fails, too, and holds up no thread.
-async fn dial(bootstrap: &Bootstrap) -> Result<ttrpc::r#async::Client> {
-    let what = || format!("connect to the shim at {}", bootstrap.address);
-    match bootstrap.address.strip_prefix("unix://") {
-        Some(path) => {
-            let stream =
-                tokio::net::UnixStream::connect(path).await.context_kind(types::ErrorKind::Unavailable, what)?;
-            Ok(ttrpc::r#async::Client::new(stream.into()))
-        }
-        None => {
-            ttrpc::r#async::Client::connect(&bootstrap.address).await.context_kind(types::ErrorKind::Unavailable, what)
-        }
     }
 }

@@ -8,6 +8,7 @@ use super::rpc::{Fault, call};
 use super::shim::Shim;
 use super::start::{AFTER_KILL, kill_strays, load};
 use super::task::Task;
+use crate::api::SandboxKind;
 use proto::containerd::task::v3::ShutdownRequest;
 use std::sync::Arc;
 use tokio::task::JoinSet;
@@ -118,6 +119,9 @@ impl Inner {
     /// Shuts the shim down and awaits its end. True where it had to be killed.
     async fn shut_down(&self, shim: &Arc<Shim>) -> bool {
         let bound = shim.timeouts().shutdown;
+        if shim.handler.sandbox == SandboxKind::Shim {
+            self.shut_sandbox_down(shim).await;
+        }
         let request = ShutdownRequest { id: shim.pod.clone(), now: true };
         match call(bound, shim.task().shutdown(bound, request)).await {
             Ok(_) | Err(Fault::Closed) => {}

@@ -2,6 +2,7 @@
 
 use super::Inner;
 use super::bundle::{self, blocking};
+use super::bury::created;
 use super::foreign::Logger;
 use super::pod::Pod;
 use super::rpc::{Fault, call};
@@ -104,6 +105,9 @@ impl Inner {
     /// Keeps a Wait outstanding: it alone tells the exit
     /// (docs/decisions/0005-exits-by-wait.md).
     pub(super) fn watch_task(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>, task: &Arc<Task>) {
+        if shim.is_sandbox(&task.id) {
+            return self.watch_sandbox(pod, shim, task);
+        }
         task.set_made();
         let (inner, pod, shim, task) = (self.clone(), pod.clone(), shim.clone(), task.clone());
         tokio::spawn(async move {
@@ -191,7 +195,10 @@ impl Inner {
     }
 
     pub(super) async fn start_task(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
-        let (_, shim) = self.reach(pod).await?;
+        let (entry, shim) = self.reach(pod).await?;
+        if shim.is_sandbox(id) {
+            return self.start_sandbox(&entry, &shim).await;
+        }
         let bound = shim.timeouts().create;
         let request = wire::StartRequest { id: id.to_string(), exec_id: String::new() };
         match call(bound, shim.task().start(bound, request)).await {
@@ -220,6 +227,9 @@ impl Inner {
             return Ok(());
         }
         *task.killed.lock().unwrap_or_else(PoisonError::into_inner) = Some((signal, why.to_string()));
+        if shim.is_sandbox(id) {
+            return self.stop_sandbox(&entry, &shim).await;
+        }
         let bound = shim.timeouts().call;
         match kill(&shim, id, "", signal, all, bound).await {
             Ok(()) => Ok(()),
@@ -232,14 +242,21 @@ impl Inner {
 
     /// SIGKILL, wait, delete: for what must go. An unknown task is success.
     pub(super) async fn kill_and_delete(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Shim, id: &str) -> Result<()> {
+        if shim.is_sandbox(id) {
+            return self.delete_sandbox(pod, shim).await;
+        }
         let bound = shim.timeouts().cleanup;
         let within = |e: Fault, what: &str| e.within(&format!("{what} container {id}"), bound);
-        kill(shim, id, "", Signal::KILL, true, bound).await.map_err(|e| within(e, "kill"))?;
-        let request = wire::WaitRequest { id: id.to_string(), exec_id: String::new() };
-        let ended = match call(bound, shim.task().wait(bound, request)).await {
-            Ok(answer) => answer,
-            Err(e) if e.is_not_found() => return Ok(()),
-            Err(e) => return Err(within(e, "wait for")),
+        let ended = loop {
+            kill(shim, id, "", Signal::KILL, true, bound).await.map_err(|e| within(e, "kill"))?;
+            let request = wire::WaitRequest { id: id.to_string(), exec_id: String::new() };
+            match call(bound, shim.task().wait(bound, request)).await {
+                Ok(answer) => break answer,
+                // A foreign shim knows a container only once its Create has ended.
+                Err(e) if e.is_not_found() && !shim.own() && created(id, bound).await => {}
+                Err(e) if e.is_not_found() => return Ok(()),
+                Err(e) => return Err(within(e, "wait for")),
+            }
         };
         if let Some(task) = pod.task(id) {
             let certificate = self.certificate(&pod.id, id, ended.exit_status, ended.exited_at).await;
@@ -294,6 +311,10 @@ impl Inner {
                 Err(e) if e.is_not_found() => return Ok(false),
                 Err(e) => return Err(e),
             };
+            if shim.is_sandbox(id) {
+                self.delete_sandbox(pod, &shim).await?;
+                return Ok(true);
+            }
             let bound = shim.timeouts().create;
             let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
             match call(bound, shim.task().delete(bound, request)).await {
@@ -330,6 +351,9 @@ impl Inner {
     }
 
     pub(super) async fn ask_state(&self, pod: &Pod, shim: &Shim, id: &str) -> Result<TaskState> {
+        if shim.is_sandbox(id) {
+            return self.ask_sandbox(pod, shim).await;
+        }
         let bound = shim.timeouts().state;
         let what = || format!("ask the state of container {id}");
         let request = wire::StateRequest { id: id.to_string(), exec_id: String::new() };

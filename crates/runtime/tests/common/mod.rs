@@ -82,6 +82,7 @@ impl Node {
             runtime_root: self.root.join("runc"),
             systemd_cgroup: false,
             options: TaskOptions::runc(),
+            sandbox: Default::default(),
             timeouts: self.timeouts.clone(),
         };
         ShimConfig {
