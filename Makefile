@@ -29,6 +29,8 @@ demo: build
 
 test: deps-test build
 	LONGSHORE_BIN_DIR=$(BIN) $(CARGO) test --workspace
+	LONGSHORE_BIN_DIR=$(BIN) LONGSHORE_TEST_HANDLER=go-shim $(CARGO) test -p longshore-tests \
+	  --test lifecycle --test recovery --test exec_sync
 
 check: deps
 	$(CARGO) fmt --all -- --check

@@ -25,7 +25,10 @@ async fn start(config: &str) -> (Daemon, Cri) {
 }
 
 fn grpc() -> String {
-    format!("[runtimes.grpc]\nshim = {GRPC_SHIM:?}\n[runtimes.grpc.options]\nkind = \"runc\"\n")
+    // A bound that passes before a test's patience does.
+    format!(
+        "[runtimes.grpc]\nshim = {GRPC_SHIM:?}\ntimeouts = {{ create = 10 }}\n[runtimes.grpc.options]\nkind = \"runc\"\n"
+    )
 }
 
 async fn pod_info(cri: &Cri, pod: &str) -> serde_json::Value {
@@ -125,7 +128,7 @@ async fn a_shim_that_speaks_grpc_runs_pods() {
     let in_front = daemon.shims().into_iter().find(|p| exe(*p).ends_with("grpctest-v2")).unwrap();
     signal(in_front, rustix::process::Signal::STOP);
     let e = cri.exec(&id, &["true"], 2).await.unwrap_err();
-    assert!(e.message().contains("did not answer"), "{e}");
+    assert!(e.message().contains("did not answer within 10s"), "{e}");
     signal(in_front, rustix::process::Signal::CONT);
     assert_eq!(cri.exec(&id, &["echo", "on"], 10).await.unwrap().stdout, "on\n");
     cri.remove_pod(&pod).await.unwrap();
@@ -195,6 +198,25 @@ async fn pods_of_a_handler_that_is_gone_can_be_ended() {
     let left = std::fs::read_dir("/run/longshore-test-extra/k8s.io").map_or(0, Iterator::count);
     let _ = std::fs::remove_dir_all("/run/longshore-test-extra");
     assert_eq!(left, 0, "the OCI runtime has forgotten it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shims_own_log_is_in_ours_also_after_a_restart() {
+    let (mut daemon, cri) = start("").await;
+    let pod = cri.run_pod(&daemon.pod("log")).await.unwrap();
+    let fifo = daemon.state().join("bundles").join(&pod).join("log");
+    for round in ["first", "second"] {
+        let mut log = std::fs::OpenOptions::new().write(true).open(&fifo).unwrap();
+        writeln!(log, "level=warning msg=\"the {round} line of a shim\"").unwrap();
+        drop(log);
+        let wanted = format!("the {round} line of a shim");
+        wait_for("the daemon's log has it", BOUND, || {
+            daemon.log().lines().any(|l| l.contains(&wanted) && l.contains("WARN") && l.contains(&pod))
+        });
+        daemon.kill();
+        daemon.begin().await;
+    }
+    daemon.cri().await.remove_pod(&pod).await.unwrap();
 }
 
 /// A new file in the place of an old one, as a package manager does it; its bytes

@@ -296,6 +296,55 @@ both!(
     no_quick_exit_is_lost
 );
 
+/// containerd 2.3's dialect: our shim speaks it to whom it is spoken to in it.
+#[test]
+fn a_protobuf_answer_is_understood_and_kept() {
+    use prost::Message;
+    use proto::containerd::runtime::bootstrap::v1::BootstrapParams;
+    use std::os::unix::fs::PermissionsExt;
+    let mut node = Node::new(Kind::Ours);
+    let params = BootstrapParams {
+        instance_id: "pod1".into(),
+        namespace: common::NAMESPACE.into(),
+        containerd_version: "2.3.0".into(),
+        ..Default::default()
+    };
+    std::fs::write(node.root.join("params"), params.encode_to_vec()).unwrap();
+    let mut cfg = node.config();
+    let script = node.root.join("shim");
+    let shim = cfg.handlers[0].shim.display().to_string();
+    let params = node.root.join("params").display().to_string();
+    std::fs::write(&script, format!("#!/bin/sh\nexec {shim} \"$@\" <{params}\n")).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    cfg.handlers[0].shim = script;
+    node.restart_with(cfg);
+    let m = node.m().clone();
+    let first = node.run(m.start_pod(&node.pod("pod1"))).unwrap();
+    let kept = node.bundle("pod1").join("bootstrap.json");
+    let text = std::fs::read_to_string(&kept).unwrap();
+    assert!(text.contains("\"version\":3"), "{text}");
+    assert_eq!(kept.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    node.launch("pod1", "c1", &["/bin/sh", "-c", "exit 3"]);
+    assert_eq!(node.exit_of("c1").status, ExitStatus::Code(3));
+    drop(m);
+    // Read back; and without it the bundle's address is, as older shims leave it.
+    for remove in [false, true] {
+        node.die();
+        if remove {
+            std::fs::remove_file(&kept).unwrap();
+        }
+        node.start();
+        let m = node.m().clone();
+        let asked = RecoverPod { spec: node.pod("pod1"), containers: Vec::new() };
+        let found = node.run(m.recover(vec![asked])).remove(0).unwrap();
+        assert_eq!(found.process, Some(first.clone()));
+        let text = std::fs::read_to_string(&kept).unwrap();
+        assert!(text.contains(if remove { "\"version\":2" } else { "\"version\":3" }), "{text}");
+    }
+    node.run(node.m().stop_pod("pod1")).unwrap();
+    node.assert_clean();
+}
+
 /// A shim that can't start: a script in its place.
 #[test]
 fn a_shim_that_fails_is_quoted_and_leaves_nothing() {

@@ -56,6 +56,7 @@ impl Inner {
             Ok(_) => Err(Error::not_found(format!("bundle {}", dir.display()))),
             Err(e) => Err(e.copy()),
         };
+        let foreign = handler.as_ref().is_ok_and(|h| !h.bears_our_name());
         let now = crate::now();
         let (status, exited_at) = match answer {
             Ok(reply) => {
@@ -81,6 +82,9 @@ impl Inner {
         blocking(move || {
             if !dir.exists() {
                 return Ok(ours);
+            }
+            if foreign {
+                super::cgroup::scrub(&dir);
             }
             if let Err(e) = bundle::unmount_rootfs(&dir) {
                 tracing::warn!(error = %e, "a dead container's rootfs stays mounted");

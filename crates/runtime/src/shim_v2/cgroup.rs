@@ -4,6 +4,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// How often a cgroup that is not empty yet is tried to be removed, and how far apart.
+const SCRUBS: u32 = 40;
+const SCRUB_PAUSE: std::time::Duration = std::time::Duration::from_millis(25);
+
 /// Makes `cgroup` in each mounted hierarchy and returns their directories. What
 /// can't be made is warned about: a shim elsewhere still works.
 pub(crate) fn prepare(cgroup: &str) -> Vec<PathBuf> {
@@ -48,6 +52,35 @@ pub(crate) fn release(cgroup: &str) {
             if fs::remove_dir(root.join(part)).is_err() {
                 break;
             }
+        }
+    }
+}
+
+/// Takes away the cgroup of a container that was never finished, and kills what is in
+/// it. A foreign shim's call of the OCI runtime can be killed half-way: Go's does that
+/// when the connection that asked for it breaks; the runtime then knows of no
+/// container, and its `delete` leaves the cgroup.
+pub(crate) fn scrub(bundle: &Path) {
+    let Ok(text) = fs::read(bundle.join("config.json")) else { return };
+    let Ok(config) = serde_json::from_slice::<serde_json::Value>(&text) else { return };
+    // systemd's own way of naming one has colons, and a scope that is empty goes by itself.
+    let Some(path) = config["linux"]["cgroupsPath"].as_str().filter(|p| p.starts_with('/')) else { return };
+    let inside = Path::new(path.trim_start_matches('/'));
+    let plain = inside.components().all(|c| matches!(c, std::path::Component::Normal(_)));
+    if !plain || inside.as_os_str().is_empty() {
+        return;
+    }
+    let Ok(mounts) = fs::read_to_string("/proc/self/mounts") else { return };
+    for dir in hierarchies(&mounts).into_iter().map(|root| root.join(inside)).filter(|d| d.is_dir()) {
+        for _ in 0..SCRUBS {
+            if fs::remove_dir(&dir).is_ok() {
+                break;
+            }
+            let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+            for pid in procs.lines().filter_map(|l| rustix::process::Pid::from_raw(l.parse().ok()?)) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+            std::thread::sleep(SCRUB_PAUSE);
         }
     }
 }

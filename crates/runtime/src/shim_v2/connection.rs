@@ -113,11 +113,12 @@ async fn grpc(
     answer.map(tonic::Response::into_inner)
 }
 
-/// The request with the bound that the shim is told of.
+/// The request with the bound that the shim is told of: a little longer than ours, so
+/// that ours is the one that passes.
 fn request_of(request: &mut tonic::Request<Vec<u8>>, timeout: Duration) -> tonic::Request<Vec<u8>> {
     let mut out = tonic::Request::new(std::mem::take(request.get_mut()));
     if !timeout.is_zero() {
-        out.set_timeout(timeout);
+        out.set_timeout(timeout + Duration::from_secs(1));
     }
     out
 }
@@ -126,7 +127,7 @@ fn request_of(request: &mut tonic::Request<Vec<u8>>, timeout: Duration) -> tonic
 /// an answer of the shim's has none.
 fn fault(e: tonic::Status) -> ttrpc::Error {
     let source = std::error::Error::source(&e);
-    if source.is_some_and(|s| s.is::<tonic::TimeoutExpired>()) {
+    if std::iter::successors(source, |e| e.source()).any(|e| e.is::<tonic::TimeoutExpired>()) {
         return status(ttrpc::Code::DEADLINE_EXCEEDED, e.message());
     }
     if source.is_some() {

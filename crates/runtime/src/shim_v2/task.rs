@@ -254,7 +254,17 @@ impl Inner {
                 Ok(answer) => break answer,
                 // A foreign shim knows a container only once its Create has ended.
                 Err(e) if e.is_not_found() && !shim.own() && created(id, bound).await => {}
-                Err(e) if e.is_not_found() => return Ok(()),
+                Err(e) if e.is_not_found() => {
+                    let dir = self.layout.task(&pod.id, id);
+                    if !shim.own() {
+                        let _ = blocking(move || {
+                            super::cgroup::scrub(&dir);
+                            Ok(())
+                        })
+                        .await;
+                    }
+                    return Ok(());
+                }
                 Err(e) => return Err(within(e, "wait for")),
             }
         };

@@ -95,9 +95,15 @@ impl Node {
 
     /// Starts the daemon's part.
     pub fn start(&mut self) {
+        self.restart_with(self.config());
+    }
+
+    /// Starts the daemon's part anew, otherwise told.
+    pub fn restart_with(&mut self, config: ShimConfig) {
+        self.die();
         let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let (tx, rx) = tokio::sync::mpsc::unbounded_channel();
-        self.manager = Some(rt.block_on(ShimManager::new(self.config(), tx)).unwrap());
+        self.manager = Some(rt.block_on(ShimManager::new(config, tx)).unwrap());
         self.events = Some(rx);
         self.rt = Some(rt);
     }
