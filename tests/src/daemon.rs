@@ -243,7 +243,11 @@ impl Daemon {
             .filter(|pid| {
                 let cwd = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
                 let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-                exe.to_string_lossy().contains("containerd-shim-") && cwd.to_string_lossy().contains(&own)
+                // What only starts one, or cleans up after one, is none.
+                let line = crate::node::command_line(*pid);
+                exe.to_string_lossy().contains("containerd-shim-")
+                    && cwd.to_string_lossy().contains(&own)
+                    && ![" start", " delete"].iter().any(|action| line.ends_with(action))
             })
             .collect()
     }
