@@ -81,13 +81,19 @@ impl Podman {
         args
     }
 
+    /// The call as a line for a shell.
+    fn line(&self, args: &[&str]) -> String {
+        let command = self.command(args);
+        let quote = |w: &std::ffi::OsStr| format!("'{}'", w.to_str().unwrap());
+        let words: Vec<String> = [command.get_program()].into_iter().chain(command.get_args()).map(quote).collect();
+        words.join(" ")
+    }
+
     /// The same call on a terminal whose user types `input`; what it shows, and its end.
     fn typed(&self, args: &[&str], input: &str) -> (String, Option<i32>) {
         let command = self.command(args);
-        let quote = |w: &std::ffi::OsStr| format!("'{}'", w.to_str().unwrap());
-        let line: Vec<String> = [command.get_program()].into_iter().chain(command.get_args()).map(quote).collect();
         let mut child = Command::new("script")
-            .args(["-qec", &line.join(" "), "/dev/null"])
+            .args(["-qec", &self.line(args), "/dev/null"])
             .envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -269,6 +275,30 @@ fn logs_are_limited_and_containers_share_a_pod_alike() {
     });
     assert_eq!(seen[0], ("line 2000\n".into(), Some(0)));
     assert_eq!((seen[1].1, seen[2].1, seen[5].0.as_str()), (Some(1), Some(0), "137"));
+}
+
+#[test]
+fn options_act_alike() {
+    let seen = same(|p| {
+        std::fs::write(p.root.join("three"), "by descriptor\n").unwrap();
+        let line = p.line(&p.run(&["--rm", "--preserve-fds", "1"], &["cat", "/proc/self/fd/3"]));
+        let out = Command::new("/bin/sh")
+            .args(["-c", &format!("exec {line} 3<'{}'", p.root.join("three").display())])
+            .envs(p.command(&[]).get_envs().filter_map(|(k, v)| Some((k, v?))))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let mut seen = vec![(String::from_utf8_lossy(&out.stdout).into_owned(), out.status.code())];
+        seen.push(p.told(&p.run(&["--rm", "--log-driver", "passthrough"], &["echo", "through"])));
+        seen.push(("timeout".into(), p.call(&p.run(&["--rm", "--timeout", "2"], &["sleep", "1000"])).status.code()));
+        p.ok(&p.run(&["-d", "--name", "r", "--restart", "on-failure:2"], &["sh", "-c", "echo again; exit 1"]));
+        wait_for("two restarts", SOON, || p.inspect("r", ".RestartCount") == "2");
+        p.wait_state("r", "exited");
+        seen.push(p.told(&["logs", "r"]));
+        seen
+    });
+    assert_eq!(seen[0], ("by descriptor\n".into(), Some(0)));
+    assert_eq!((seen[1].0.as_str(), seen[3].0.as_str()), ("through\n", "again\nagain\nagain\n"));
 }
 
 /// `LONGSHORE_PODMAN_RUNS` sets how many; 200 is what was seen to hold by hand.

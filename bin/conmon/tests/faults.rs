@@ -43,6 +43,30 @@ fn no_exit_is_missed_under_load() {
     });
 }
 
+/// [conmon#657]: SIGABRT, when signals came while it waited.
+#[test]
+fn a_storm_of_signals_ends_nothing() {
+    let script = "trap '' TERM INT QUIT; while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 11";
+    let n = Node::new(&["/bin/sh", "-c", script]);
+    let mut m = n.create(&[]);
+    m.created();
+    n.start();
+    // The trap is set once the shell waits in its loop.
+    std::thread::sleep(Duration::from_secs(1));
+    let monitor = sys::pidfd::PidFd::open(m.pid).unwrap();
+    for round in 0..500 {
+        for signal in [types::Signal::TERM, types::Signal::INT, types::Signal::QUIT, types::Signal::CHLD] {
+            monitor.signal(signal).unwrap();
+        }
+        if round % 50 == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    std::fs::write(n.path("bundle/rootfs/tmp/go"), "").unwrap();
+    assert_eq!(n.exit(), "11");
+    m.gone();
+}
+
 /// Execs that end at once, many at a time: each is told, none as another's.
 #[test]
 fn no_exec_s_end_is_missed() {
