@@ -316,8 +316,9 @@ async fn after_a_restart_of_the_node_pods_are_not_ready_and_images_stay() {
 /// The shims' sockets, which lie outside the state directory but end with the node.
 fn remove_sockets(state: &std::path::Path) {
     for bundle in std::fs::read_dir(state.join("bundles")).unwrap().flatten() {
-        let address = std::fs::read_to_string(bundle.path().join("address")).unwrap();
-        std::fs::remove_file(address.trim().trim_start_matches("unix://")).unwrap();
+        let text = std::fs::read_to_string(bundle.path().join("bootstrap.json")).unwrap();
+        let address = serde_json::from_str::<serde_json::Value>(&text).unwrap()["address"].clone();
+        std::fs::remove_file(address.as_str().unwrap().trim_start_matches("unix://")).unwrap();
     }
 }
 

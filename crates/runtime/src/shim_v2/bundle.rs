@@ -8,6 +8,7 @@
 //!       config.json                 the sandbox annotations only
 //!       handler.json                with which shim and OCI runtime it was begun
 //!       bootstrap.json              how to reach the shim, 0600
+//!       sandbox                     of a handler with the sandbox API: it was started
 //!       address, log                the shim's: its socket's address, its log FIFO
 //!       tasks/<container>/
 //!         config.json rootfs/       the OCI bundle

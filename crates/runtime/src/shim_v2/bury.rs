@@ -6,6 +6,8 @@ use super::bundle::{self, blocking};
 use super::config::Handler;
 use super::pod::Pod;
 use super::task::{self, Task};
+use crate::api::SandboxKind;
+use proto::containerd::task::v3::DeleteResponse;
 use std::sync::Arc;
 use tokio::task::JoinSet;
 use types::{Certificate, Error, ExitStatus};
@@ -52,6 +54,10 @@ impl Inner {
             created(id, handler.timeouts.cleanup).await;
         }
         let answer = match &handler {
+            // It was no task and left none.
+            Ok(handler) if handler.sandbox == SandboxKind::Shim && id == pod => {
+                Ok(DeleteResponse { exit_status: 137, ..DeleteResponse::default() })
+            }
             Ok(handler) if dir.exists() => self.binary(handler).await.delete(&dir, id, handler.timeouts.cleanup).await,
             Ok(_) => Err(Error::not_found(format!("bundle {}", dir.display()))),
             Err(e) => Err(e.copy()),

@@ -13,6 +13,7 @@ use bytes::{Buf, BufMut};
 use hyper_util::rt::TokioIo;
 use proto::ttrpc_glue::{Caller, status};
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
@@ -26,7 +27,12 @@ const DIAL: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(crate) enum Connection {
     /// What nearly all shims speak.
-    Ttrpc(ttrpc::r#async::Client),
+    Ttrpc {
+        /// The client.
+        client: ttrpc::r#async::Client,
+        /// Held while a call takes its number and its place in the queue.
+        order: Arc<Mutex<()>>,
+    },
     /// Shims that answer `"protocol":"grpc"`.
     Grpc(Channel),
 }
@@ -42,7 +48,7 @@ impl Connection {
                 return Err(Error::unimplemented(format!("{}: gRPC is spoken over unix sockets only", what())));
             }
             let client = ttrpc::r#async::Client::connect(&bootstrap.address).await;
-            return client.map(Self::Ttrpc).context_kind(ErrorKind::Unavailable, what);
+            return client.map(Self::ttrpc).context_kind(ErrorKind::Unavailable, what);
         };
         let dialled = tokio::time::timeout(DIAL, UnixStream::connect(path)).await;
         let stream = match dialled {
@@ -52,8 +58,12 @@ impl Connection {
         if bootstrap.is_grpc() {
             Ok(Self::Grpc(channel(Path::new(path), stream)))
         } else {
-            Ok(Self::Ttrpc(ttrpc::r#async::Client::new(stream.into())))
+            Ok(Self::ttrpc(ttrpc::r#async::Client::new(stream.into())))
         }
+    }
+
+    fn ttrpc(client: ttrpc::r#async::Client) -> Self {
+        Self::Ttrpc { client, order: Arc::default() }
     }
 }
 
@@ -76,10 +86,25 @@ fn channel(path: &Path, stream: UnixStream) -> Channel {
 impl Caller for Connection {
     async fn unary(&self, service: &str, method: &str, timeout: Duration, payload: Vec<u8>) -> ttrpc::Result<Vec<u8>> {
         match self {
-            Self::Ttrpc(client) => client.unary(service, method, timeout, payload).await,
+            Self::Ttrpc { client, order } => in_order(order, client.unary(service, method, timeout, payload)).await,
             Self::Grpc(channel) => grpc(channel.clone(), service, method, timeout, payload).await,
         }
     }
+}
+
+/// Runs a ttrpc call so that calls go out in the order of their stream numbers: Go's
+/// server (from ttrpc 1.2 on) refuses a number below the last one. The client numbers
+/// a call and queues it the first time that it is polled, which therefore happens
+/// under a lock; its queue has room for a hundred calls that are not written yet.
+async fn in_order<T>(order: &Mutex<()>, call: impl Future<Output = T>) -> T {
+    // A task's budget would end that first poll before the call is queued.
+    let mut call = std::pin::pin!(tokio::task::unconstrained(call));
+    let mut first = true;
+    std::future::poll_fn(|cx| {
+        let _turn = std::mem::take(&mut first).then(|| order.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        call.as_mut().poll(cx)
+    })
+    .await
 }
 
 async fn grpc(
@@ -194,5 +219,35 @@ impl Decoder for Bytes {
         let mut all = vec![0; from.remaining()];
         from.copy_to_slice(&mut all);
         Ok(Some(all))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn concurrent_calls_go_out_in_the_order_of_their_numbers() {
+        const CALLS: usize = 96;
+        for _ in 0..30 {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let connection = Connection::ttrpc(ttrpc::r#async::Client::new(ours.into()));
+            let mut calls = tokio::task::JoinSet::new();
+            for _ in 0..CALLS {
+                let connection = connection.clone();
+                calls.spawn(async move { connection.unary("s", "m", Duration::from_secs(60), vec![1; 100]).await });
+            }
+            let mut last = 0;
+            for _ in 0..CALLS {
+                // Length, stream number, type, flags.
+                let mut header = [0; 10];
+                theirs.read_exact(&mut header).await.unwrap();
+                let number = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap());
+                assert!(number(4) > last, "{} after {last}", number(4));
+                last = number(4);
+                theirs.read_exact(&mut vec![0; number(0) as usize]).await.unwrap();
+            }
+        }
     }
 }

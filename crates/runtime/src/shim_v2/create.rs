@@ -98,12 +98,17 @@ impl Inner {
     async fn streams(&self, shim: &Shim, dir: &Path, io: &TaskIo) -> Result<Streams> {
         let stdin = io.stdin.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
         let mut streams = Streams { stdin, stdout: String::new(), stderr: String::new(), logger: None };
+        let mut io = io.clone();
+        if io.log_path.is_none() && io.terminal && !shim.can("cri-log") {
+            // Go's shim refuses a terminal whose output goes nowhere.
+            io.log_path = Some("/dev/null".into());
+        }
         let Some(log) = &io.log_path else { return Ok(streams) };
         let err = if shim.can("cri-log") {
             streams.stdout = log_uri(log, io.log_limit);
             streams.stdout.clone()
         } else {
-            streams.logger = self.logs.start(dir, io).await?;
+            streams.logger = self.logs.start(dir, &io).await?;
             let (out, err) = fifos(dir);
             streams.stdout = out.to_string_lossy().into_owned();
             err.to_string_lossy().into_owned()

@@ -97,12 +97,7 @@ impl Inner {
     /// is watched from now on, its log goes on, and execs that nobody waits for
     /// any more are killed.
     pub(super) async fn adopt(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>) {
-        // A sandbox has no bundle of its own; one that was never made is not found.
-        if shim.is_sandbox(&pod.id) && pod.task(&pod.id).is_none() && self.ask_sandbox(pod, shim).await.is_ok() {
-            let task = Arc::new(Task::found(&pod.id));
-            pod.update(|s| s.tasks.insert(pod.id.clone(), task.clone()));
-            self.watch_sandbox(pod, shim, &task);
-        }
+        self.adopt_sandbox(pod, shim);
         for id in bundle::list(&self.layout.tasks(&pod.id)) {
             if pod.task(&id).is_some() {
                 continue;

@@ -11,6 +11,7 @@
 //! process.
 
 use super::Inner;
+use super::bundle::{blocking, write_atomic};
 use super::pod::Pod;
 use super::rpc::{Fault, call};
 use super::shim::Shim;
@@ -19,8 +20,10 @@ use crate::api::{PodSpec, TaskSpec, TaskState};
 use proto::containerd::runtime::sandbox::v1 as wire;
 use std::sync::Arc;
 use std::time::Duration;
-use types::{Certificate, Error, ExitStatus, Result};
+use types::{Certificate, Error, ErrorKind, ExitStatus, Result};
 
+/// In the pod's bundle: its sandbox was started.
+const STARTED: &str = "sandbox";
 /// What SandboxStatus says of a sandbox that is over, in containerd's words.
 const OVER: [&str; 2] = ["SANDBOX_NOTREADY", "NOTREADY"];
 
@@ -55,7 +58,17 @@ impl Inner {
         let created = call(bound, shim.sandbox().create_sandbox(bound, request)).await;
         if let Err(e) = created {
             pod.update(|s| s.tasks.remove(&spec.id));
-            return Err(e.within(&format!("create the sandbox of pod {}", spec.id), bound));
+            let unserved = matches!(e, Fault::Status(ErrorKind::Unimplemented, _));
+            let e = e.within(&format!("create the sandbox of pod {}", spec.id), bound);
+            return Err(if unserved {
+                e.hint(format!(
+                    "its shim {} serves no sandboxes: set runtimes.{}.sandbox to pinned or pause",
+                    shim.handler.shim.display(),
+                    shim.handler.name
+                ))
+            } else {
+                e
+            });
         }
         entry.set_made();
         Ok(0)
@@ -69,10 +82,22 @@ impl Inner {
             Ok(_) => {}
             Err(e) => return Err(e.within(&format!("start the sandbox of pod {}", pod.id), bound)),
         }
+        let marker = self.layout.pod(&pod.id).join(STARTED);
+        blocking(move || write_atomic(&marker, b"")).await?;
         if let Some(task) = pod.task(&pod.id) {
             self.watch_sandbox(pod, shim, &task);
         }
         Ok(())
+    }
+
+    /// Takes over the sandbox that an earlier daemon started. Its shim can't be asked
+    /// whether there is one: Go's says nothing of that.
+    pub(super) fn adopt_sandbox(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>) {
+        if shim.is_sandbox(&pod.id) && pod.task(&pod.id).is_none() && self.layout.pod(&pod.id).join(STARTED).exists() {
+            let task = Arc::new(Task::found(&pod.id));
+            pod.update(|s| s.tasks.insert(pod.id.clone(), task.clone()));
+            self.watch_sandbox(pod, shim, &task);
+        }
     }
 
     /// Keeps a WaitSandbox outstanding. An answer counts only where the sandbox is
