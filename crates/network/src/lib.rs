@@ -7,6 +7,7 @@
 //! host_ports/  ports of the node that lead to pods, with any network
 //! nft/         nf_tables' messages
 //! netlink/     links, addresses, routes, limits, tracked connections
+//! turns.rs     one operation per pod at a time
 //! ```
 //!
 //! A new namespace has `lo` up (`sys::namespace` does that while it makes it) and
@@ -17,6 +18,7 @@ mod host_ports;
 mod netlink;
 mod netns;
 mod nft;
+mod turns;
 mod types;
 
 pub use self::types::{AttachRequest, Attachment, Bandwidth, Dns, INTERFACE, Mac, Net, PortMapping, Protocol};
@@ -32,4 +34,12 @@ fn blocking<T: Send + 'static>(
 ) -> impl Future<Output = ::types::Result<T>> + Send {
     let work = tokio::task::spawn_blocking(work);
     async move { work.await.map_err(|e| ::types::Error::internal(what).because(e))? }
+}
+
+/// Carries an operation to its end even if nobody awaits it any more.
+async fn to_its_end<T: Send + 'static>(
+    what: &'static str,
+    work: impl Future<Output = ::types::Result<T>> + Send + 'static,
+) -> ::types::Result<T> {
+    tokio::spawn(work).await.map_err(|e| ::types::Error::internal(what).because(e))?
 }

@@ -388,3 +388,64 @@ fn pods_of_a_former_range_live_on() {
         }
     });
 }
+
+/// The caller of an attach goes away; the detach that follows finds all of it.
+#[test]
+fn an_attach_whose_caller_went_away_is_detached_whole() {
+    on_node(|node| async move {
+        let net = node.builtin(small("10.99.0.0/24")).await;
+        let pod = Netns::new();
+        for n in 0..40_u64 {
+            let request = request("a", &pod, vec![tcp(8080)]);
+            let bound = std::time::Duration::from_micros(n * 100);
+            let outcome = tokio::time::timeout(bound, net.attach(&request)).await;
+            if let Ok(attached) = outcome {
+                attached.unwrap();
+            }
+            net.detach("a").await.unwrap();
+            assert_eq!(links(), ["longshore0"], "after {bound:?}");
+            assert!(node.store.network_claims().await.unwrap().is_empty(), "after {bound:?}");
+            assert!(!sh("nft list table inet longshore").contains("8080"), "after {bound:?}");
+        }
+    });
+}
+
+/// A process in a user namespace of its own, with a network namespace that belongs
+/// to it.
+struct Mapped(std::process::Child);
+
+impl Mapped {
+    fn new() -> Self {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--net", "sh", "-c", "echo; exec sleep 300"]);
+        let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut ready = [0; 1];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_pod_with_a_user_namespace_is_attached_like_any_other() {
+    on_node(|node| async move {
+        let net = node.builtin(BuiltinConfig::default()).await;
+        let mapped = Mapped::new();
+        let path = std::path::PathBuf::from(format!("/proc/{}/ns/net", mapped.0.id()));
+        let mut wanted = request_at("a", &path, vec![tcp(8080)]);
+        wanted.bandwidth = Bandwidth { ingress: Some(80_000_000), egress: Some(80_000_000) };
+        net.attach(&wanted).await.unwrap();
+        let netns = [(sys::namespace::Kind::Net, path.as_path())];
+        let listener = sys::namespace::inside(&netns, |_| Ok(std::net::TcpListener::bind("[::]:80").unwrap())).unwrap();
+        exchange(&listener, connect("127.0.0.1:8080").unwrap());
+        exchange(&listener, connect("[fd4c:6f6e:6773::2]:80").unwrap());
+        assert!(interface_stats(&path).await.unwrap().iter().any(|s| s.name == "eth0" && s.rx_packets > 0));
+        net.detach("a").await.unwrap();
+    });
+}

@@ -220,3 +220,31 @@ fn many_ports_of_one_pod_fit_into_one_transaction() {
         assert!(!sh("nft list table inet longshore").contains("12999"));
     });
 }
+
+#[test]
+fn a_table_that_is_flushed_comes_back_by_itself() {
+    on_node(|node| async move {
+        let net = node.builtin(BuiltinConfig::default()).await;
+        let ports = net.host_ports().clone();
+        let keeper = tokio::spawn(async move { ports.keep().await });
+        let a = Netns::new();
+        net.attach(&request("a", &a, vec![tcp(8080)])).await.unwrap();
+        let before = sh("nft list table inet longshore");
+        for _ in 0..3 {
+            sh("nft flush ruleset; nft add table inet other");
+            let back = async {
+                while !sh("nft list tables").contains("longshore") {
+                    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                }
+            };
+            tokio::time::timeout(LONG, back).await.unwrap();
+            assert_eq!(sh("nft list table inet longshore"), before);
+        }
+        // Its own removal is no reason.
+        net.detach("a").await.unwrap();
+        net.release().await.unwrap();
+        tokio::time::sleep(SHORT).await;
+        assert_eq!(sh("nft list tables"), "table inet other\n");
+        keeper.abort();
+    });
+}

@@ -23,6 +23,7 @@ pub(crate) use range::network_of;
 
 use crate::host_ports::Localnet;
 use crate::netlink::Socket;
+use crate::turns::Turns;
 use crate::{AttachRequest, Attachment, HostPorts, Net};
 use ::types::{Error, Result};
 use node::Node;
@@ -85,6 +86,7 @@ struct Inner {
     node: Mutex<Option<Node>>,
     /// Ranges that are no longer configured but that pods have addresses of.
     former: Mutex<Vec<IpRange>>,
+    turns: Turns,
 }
 
 impl Builtin {
@@ -104,7 +106,16 @@ impl Builtin {
     /// `InvalidArgument` for a configuration that can't work.
     pub fn with_host_ports(config: BuiltinConfig, store: Store, ports: HostPorts) -> Result<Self> {
         check(&config)?;
-        Ok(Self { inner: Arc::new(Inner { config, store, ports, node: Mutex::new(None), former: Mutex::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                config,
+                store,
+                ports,
+                node: Mutex::new(None),
+                former: Mutex::default(),
+                turns: Turns::default(),
+            }),
+        })
     }
 
     /// The host ports, for pods of other networks.
@@ -113,25 +124,32 @@ impl Builtin {
     }
 
     /// Attaches a pod whose namespace has no `eth0` yet. What was begun when an error
-    /// comes is undone; what is left when this future is dropped goes with
-    /// [`Self::detach`].
+    /// comes is undone. It goes on to its end when this future is dropped, and a
+    /// [`Self::detach`] that comes meanwhile waits for that.
     ///
     /// # Errors
     /// `AlreadyExists` naming the pod that holds a wanted port or address, or when
     /// this one is attached; `ResourceExhausted` naming a range without addresses;
     /// `InvalidArgument` for an address of no range.
     pub async fn attach(&self, request: &AttachRequest) -> Result<Attachment> {
+        let (this, request) = (self.clone(), request.clone());
+        crate::to_its_end("attach a pod", async move {
+            let _turn = this.inner.turns.take(&request.pod_id).await;
+            this.attach_or_undo(&request).await
+        })
+        .await
+    }
+
+    async fn attach_or_undo(&self, request: &AttachRequest) -> Result<Attachment> {
         let wishes = wishes(&self.inner.config.ranges, &request.static_ips)
             .map_err(|e| e.within(format!("attach pod {}", request.pod_id)))?;
         let addresses = self.inner.store.claim_addresses(&request.pod_id, wishes).await?;
         match self.attach_with(request, &addresses).await {
             Ok(attachment) => Ok(attachment),
-            Err(e) => {
-                let undone = self.detach(&request.pod_id).await;
-                Error::join("undo", undone.err().into_iter().collect())
-                    .map_err(|u| Error::new(e.kind(), format!("{e}; {u}")))?;
-                Err(e)
-            }
+            Err(e) => match self.remove(&request.pod_id).await {
+                Ok(()) => Err(e),
+                Err(left) => Err(Error::new(e.kind(), format!("{e}; {left}"))),
+            },
         }
     }
 
@@ -195,10 +213,16 @@ impl Builtin {
     /// # Errors
     /// Lists what is left; addresses that may be in use stay held.
     pub async fn detach(&self, pod_id: &str) -> Result<()> {
-        self.remove(pod_id, pod::host_interface(pod_id)).await
+        let (this, pod_id) = (self.clone(), pod_id.to_owned());
+        crate::to_its_end("detach a pod", async move {
+            let _turn = this.inner.turns.take(&pod_id).await;
+            this.remove(&pod_id).await
+        })
+        .await
     }
 
-    async fn remove(&self, pod_id: &str, interface: String) -> Result<()> {
+    async fn remove(&self, pod_id: &str) -> Result<()> {
+        let interface = pod::host_interface(pod_id);
         // Each waits for a grace period of the kernel's, so they wait together.
         let link = crate::blocking("detach a pod", move || pod::unplug(&interface));
         let ports = self.inner.ports.remove(pod_id).await;

@@ -11,11 +11,14 @@
 //! and CNI networks without `portmap`. What can't be had: `[::1]`, since IPv6 has no
 //! `route_localnet`; it is refused by the node as if nobody listened.
 
+mod events;
 mod rules;
 
+use events::Events;
 pub(crate) use rules::Rules;
 
 use crate::netlink::{Socket, conntrack, route};
+use crate::turns::Turns;
 use crate::{Net, PortMapping, Protocol};
 use ::types::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,6 +56,7 @@ pub struct HostPorts {
 struct Inner {
     store: Store,
     rules: Mutex<Rules>,
+    turns: Turns,
 }
 
 impl HostPorts {
@@ -75,7 +79,7 @@ impl HostPorts {
             }
         }
         let rules = Mutex::new(Rules::new(table.to_owned(), pods));
-        Ok(Self { inner: Arc::new(Inner { store, rules }) })
+        Ok(Self { inner: Arc::new(Inner { store, rules, turns: Turns::default() }) })
     }
 
     /// Leads `ports` to the pod's `addresses`, of which the first of each family
@@ -100,16 +104,20 @@ impl HostPorts {
         }
         let all = forwards(addresses, ports).map_err(|e| e.within(format!("host ports of pod {pod_id}")))?;
         let target = targets(addresses).iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-        self.inner.store.claim_ports(pod_id, claims(ports), &target).await?;
-        let (ports, pod) = (self.clone(), pod_id.to_owned());
-        let led = crate::blocking("lead host ports", move || ports.install(&pod, all, localnet)).await;
-        match led {
-            Ok(()) => Ok(()),
-            Err(e) => {
-                let undone = self.remove(pod_id).await;
-                Error::join("host ports", std::iter::once(e).chain(undone.err()).collect())
+        let (this, pod, claims) = (self.clone(), pod_id.to_owned(), claims(ports));
+        crate::to_its_end("lead host ports", async move {
+            let _turn = this.inner.turns.take(&pod).await;
+            this.inner.store.claim_ports(&pod, claims, &target).await?;
+            let (ports, of) = (this.clone(), pod.clone());
+            match crate::blocking("lead host ports", move || ports.install(&of, all, localnet)).await {
+                Ok(()) => Ok(()),
+                Err(e) => match this.take_away(&pod).await {
+                    Ok(()) => Err(e),
+                    Err(left) => Err(Error::new(e.kind(), format!("{e}; {left}"))),
+                },
             }
-        }
+        })
+        .await
     }
 
     fn install(&self, pod_id: &str, all: Vec<Forward>, localnet: Localnet) -> Result<()> {
@@ -130,6 +138,15 @@ impl HostPorts {
     /// # Errors
     /// Names what is left; the ports stay claimed then.
     pub async fn remove(&self, pod_id: &str) -> Result<()> {
+        let (this, pod) = (self.clone(), pod_id.to_owned());
+        crate::to_its_end("take host ports away", async move {
+            let _turn = this.inner.turns.take(&pod).await;
+            this.take_away(&pod).await
+        })
+        .await
+    }
+
+    async fn take_away(&self, pod_id: &str) -> Result<()> {
         if self.rules().has(pod_id) {
             let (ports, pod) = (self.clone(), pod_id.to_owned());
             crate::blocking("take host ports away", move || ports.uninstall(&pod)).await?;
@@ -175,6 +192,25 @@ impl HostPorts {
         let mut rules = self.rules();
         let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
         if rules.is_empty() { rules.release(&socket).map(drop) } else { rules.make(&socket) }
+    }
+
+    /// Makes the table again whenever somebody removes it (a flush of the whole rule
+    /// set, as a restart of the node's firewall is), for as long as this is awaited.
+    ///
+    /// # Errors
+    /// When the kernel can't be listened to; never `Ok`.
+    pub async fn keep(&self) -> Result<()> {
+        let events = Events::open()?;
+        loop {
+            events.next().await?;
+            let ports = self.clone();
+            crate::blocking("mend the table", move || {
+                let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
+                ports.rules().mend(&socket)
+            })
+            .await
+            .unwrap_or_else(|e| tracing::error!(error = %e, "host ports and masquerade are gone"));
+        }
     }
 
     /// Removes the table where no pod has a port and nothing else needs it; true

@@ -162,6 +162,18 @@ impl Rules {
         Ok(())
     }
 
+    /// Makes a table anew that somebody has removed.
+    ///
+    /// # Errors
+    /// Names the message that the kernel refused.
+    pub(crate) fn mend(&mut self, socket: &Socket) -> Result<()> {
+        if self.standing.is_none() || nft::table_exists(socket, &self.table)? {
+            return Ok(());
+        }
+        tracing::warn!(table = self.table, "somebody removed the nftables table; it is made again");
+        self.make(socket)
+    }
+
     /// Removes the table where it would hold nothing.
     ///
     /// # Errors
