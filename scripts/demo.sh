@@ -58,6 +58,8 @@ step "a private daemon in $work"
 cat >"$work/config.toml" <<CONFIG
 [runtime]
 shim_cgroup = "/$group/shims"
+[network]
+mode = "none"
 CONFIG
 usual_before=$(ls -d /var/lib/longshore /run/longshore 2>/dev/null || true)
 "$bin/longshore" serve --config "$work/config.toml" --root "$work/root" --state "$work/state" >"$work/log" 2>&1 &

@@ -6,7 +6,10 @@ set -euo pipefail
 packages=(gcc libc6-dev runc busybox-static)
 case "${1:-demo}" in
   demo) ;;
-  test) packages+=(crun containerd skopeo umoci docker-registry iproute2 openssl procps podman conmon) ;;
+  test)
+    packages+=(crun containerd skopeo umoci docker-registry iproute2 openssl procps podman conmon
+      containernetworking-plugins iptables nftables)
+    ;;
   *) echo "usage: $0 demo|test" >&2; exit 2 ;;
 esac
 

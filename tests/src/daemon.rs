@@ -38,6 +38,8 @@ pub struct Daemon {
     root: TempRoot,
     child: Option<Child>,
     config: String,
+    /// The network namespace that it runs in; `None` is the test's own.
+    netns: Option<PathBuf>,
     cgroup: String,
     /// Ids of pods that were seen, whose netns may be left.
     seen: Mutex<BTreeSet<String>>,
@@ -56,6 +58,15 @@ impl Daemon {
 
     /// Starts one with a configuration file, on a given directory.
     pub async fn on(root: TempRoot, config: &str) -> Self {
+        Self::at(root, config, None).await
+    }
+
+    /// Starts one whose network is the namespace at this path.
+    pub async fn in_netns(root: TempRoot, config: &str, netns: &Path) -> Self {
+        Self::at(root, config, Some(netns.to_path_buf())).await
+    }
+
+    async fn at(root: TempRoot, config: &str, netns: Option<PathBuf>) -> Self {
         let cgroup = format!("longshore-e2e-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         ALIVE.fetch_add(1, Ordering::Relaxed);
         std::fs::write(root.join("config.toml"), config).unwrap();
@@ -63,7 +74,12 @@ impl Daemon {
         let shims = format!("[runtime]\nshim_cgroup = \"/{cgroup}/shims\"\n");
         std::fs::write(root.join("config.toml.d/shims.toml"), shims).unwrap();
         std::fs::write(root.join("config.toml.d/handler.toml"), handler().config()).unwrap();
-        let mut daemon = Self { root, child: None, config: config.to_string(), cgroup, seen: Mutex::default() };
+        // Daemons of several tests run at once: the node's network is nobody's.
+        if !config.contains("[network]") {
+            std::fs::write(root.join("config.toml.d/network.toml"), "[network]\nmode = \"none\"\n").unwrap();
+        }
+        let config = config.to_string();
+        let mut daemon = Self { root, child: None, config, netns, cgroup, seen: Mutex::default() };
         daemon.begin().await;
         daemon
     }
@@ -108,7 +124,16 @@ impl Daemon {
 
     /// The command line that serves from its directories.
     pub fn serve(&self) -> Command {
-        let mut command = Command::new(bin_dir().join("longshore"));
+        let binary = bin_dir().join("longshore");
+        let mut command = match &self.netns {
+            None => Command::new(binary),
+            // Not `ip netns exec`, which would hide our mounts from the node.
+            Some(netns) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", netns.display())).arg("--").arg(binary);
+                command
+            }
+        };
         command
             .arg("serve")
             .arg("--config")

@@ -35,6 +35,8 @@ pub struct Config {
     pub containers: ContainersConfig,
     /// Images and registries.
     pub images: ImagesConfig,
+    /// Pods' networks.
+    pub network: NetworkConfig,
 }
 
 /// `[runtime]`.
@@ -183,6 +185,50 @@ pub struct ImagesConfig {
     pub pinned: Vec<String>,
     /// By host, or "*".
     pub registries: BTreeMap<String, Registry>,
+}
+
+/// `[network]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// Who attaches pods.
+    pub mode: network::Mode,
+    /// CNI plugins.
+    pub cni: CniConfig,
+    /// The built-in network.
+    pub builtin: BuiltinConfig,
+}
+
+/// `[network.builtin]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BuiltinConfig {
+    /// The bridge's name.
+    pub bridge: String,
+    /// Where pods' addresses are from.
+    pub ranges: Vec<String>,
+    /// Bytes; 0 for that of the node's default route.
+    pub mtu: u32,
+    /// Whether pods' packets to elsewhere get the node's address.
+    pub masquerade: bool,
+    /// The nftables table's name.
+    pub table: String,
+}
+
+/// `[network.cni]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CniConfig {
+    /// Network configurations.
+    pub conf_dir: PathBuf,
+    /// Plugins.
+    pub bin_dirs: Vec<PathBuf>,
+    /// By name; empty for the first.
+    pub networks: Vec<String>,
+    /// Seconds.
+    pub plugin_timeout: u64,
+    /// Whether GC is asked for.
+    pub gc: bool,
 }
 
 /// One registry.

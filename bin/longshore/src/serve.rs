@@ -5,7 +5,7 @@ use crate::cli::ServeArgs;
 use crate::config::{CgroupDriver, Config};
 use crate::handlers;
 use anyhow::{Context, Result, bail};
-use cri::{Condition, Cri, Node};
+use cri::{Cri, Node};
 use images::Images;
 use pods::{Pods, PodsConfig, Shared};
 use runtime::Runtimes;
@@ -44,6 +44,9 @@ pub fn run(args: ServeArgs) -> Result<()> {
     }
     if config.runtime.step_timeout < 10 {
         bail!("runtime.step_timeout is {} s: 10 at least", config.runtime.step_timeout);
+    }
+    if !(1..=90).contains(&config.network.cni.plugin_timeout) {
+        bail!("network.cni.plugin_timeout is {} s: 1 to 90 are possible", config.network.cni.plugin_timeout);
     }
     telemetry::init_logging(&config.log_level, LogFormat::default())?;
     sys::malloc::be_small();
@@ -90,6 +93,7 @@ async fn serve(config: Config) -> Result<()> {
             state: config.state.clone(),
             netns: PathBuf::from(NETNS_DIR),
         })?,
+        network: network::Network::open(network_config(&config)?, store.clone()).await?,
         timelines: Timelines::new(),
         events: pods::Events::default(),
         registry: pods::Registry::default(),
@@ -100,10 +104,6 @@ async fn serve(config: Config) -> Result<()> {
         version: env!("CARGO_PKG_VERSION").to_string(),
         systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
         runtime_ready: built.ready,
-        network_ready: Condition::bad(
-            "NoPodNetwork",
-            "this version attaches pods to no network: each has a network namespace with lo alone",
-        ),
         info: json!({ "handlers": built.info, "root": config.root, "state": config.state }),
     };
     let listener = listen(&config.socket)?;
@@ -228,6 +228,34 @@ fn own_unit(cgroup: &str) -> Option<&str> {
     found
         .or_else(|| cgroup.lines().find_map(|l| l.split_once(":name=systemd:").map(|(_, p)| p)))
         .filter(|p| p.ends_with(".service"))
+}
+
+/// Ranges of IPv6 are left out where the node has none.
+fn network_config(config: &Config) -> Result<network::NetworkConfig> {
+    let (cni, builtin) = (&config.network.cni, &config.network.builtin);
+    let six = Path::new("/proc/sys/net/ipv6").exists();
+    let mut ranges = Vec::new();
+    for range in builtin.ranges.iter().filter(|r| six || !r.contains(':')) {
+        ranges.push(range.parse::<network::IpRange>().context("network.builtin.ranges")?);
+    }
+    Ok(network::NetworkConfig {
+        mode: config.network.mode,
+        cni: network::cni::CniConfig {
+            conf_dir: cni.conf_dir.clone(),
+            bin_dirs: cni.bin_dirs.clone(),
+            networks: cni.networks.clone(),
+            plugin_timeout: Duration::from_secs(cni.plugin_timeout),
+            gc: cni.gc,
+            cache_dir: config.root.join("cni/results"),
+        },
+        builtin: network::BuiltinConfig {
+            bridge: builtin.bridge.clone(),
+            ranges,
+            mtu: (builtin.mtu > 0).then_some(builtin.mtu),
+            table: builtin.table.clone(),
+            masquerade: builtin.masquerade,
+        },
+    })
 }
 
 fn pods_config(config: &Config) -> Result<PodsConfig> {

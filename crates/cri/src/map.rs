@@ -45,12 +45,19 @@ pub fn pod_status(pod: &PodInfo) -> cri::PodSandboxStatus {
         metadata: pod.config.metadata.clone(),
         state: pod_state(pod.state.phase).into(),
         created_at: nanos(pod.created_at),
-        network: Some(cri::PodSandboxNetworkStatus::default()),
+        network: Some(network_status(pod)),
         linux: Some(cri::LinuxPodSandboxStatus { namespaces: Some(cri::Namespace { options: Some(options) }) }),
         labels: pod.config.labels.clone(),
         annotations: pod.config.annotations.clone(),
         runtime_handler: pod.state.handler.clone(),
     }
+}
+
+/// A pod's addresses; none in the node's network, as both peers have it.
+fn network_status(pod: &PodInfo) -> cri::PodSandboxNetworkStatus {
+    let mut addresses = pod.state.network.addresses().map(|a| a.to_string());
+    let ip = addresses.next().unwrap_or_default();
+    cri::PodSandboxNetworkStatus { ip, additional_ips: addresses.map(|ip| cri::PodIp { ip }).collect() }
 }
 
 /// CRI's state of a container.

@@ -11,9 +11,9 @@ use types::{Error, Result};
 pub struct Condition {
     /// Whether it holds.
     pub holds: bool,
-    /// One word, where it does not.
+    /// One word, where it does not, or something is to be said.
     pub reason: String,
-    /// A sentence, where it does not.
+    /// A sentence then.
     pub message: String,
 }
 
@@ -46,8 +46,6 @@ pub struct Node {
     pub systemd_cgroup: bool,
     /// RuntimeReady.
     pub runtime_ready: Condition,
-    /// NetworkReady.
-    pub network_ready: Condition,
     /// For `crictl info`: runtimes found and passed over, paths, configuration.
     pub info: serde_json::Value,
 }
@@ -62,7 +60,9 @@ impl Node {
         }
     }
 
-    pub(crate) fn status(&self, pods: &Pods, verbose: bool) -> StatusResponse {
+    pub(crate) async fn status(&self, pods: &Pods, verbose: bool) -> StatusResponse {
+        let network = pods.network_status().await;
+        let network_ready = Condition { holds: network.ready, reason: network.reason, message: network.message };
         let described = |name: &str, handler: &Handler| RuntimeHandler {
             name: name.to_string(),
             features: Some(RuntimeHandlerFeatures {
@@ -76,12 +76,9 @@ impl Node {
         let able = pods.handlers().iter().filter(|h| h.broken.is_none());
         StatusResponse {
             status: Some(RuntimeStatus {
-                conditions: vec![
-                    self.runtime_ready.message("RuntimeReady"),
-                    self.network_ready.message("NetworkReady"),
-                ],
+                conditions: vec![self.runtime_ready.message("RuntimeReady"), network_ready.message("NetworkReady")],
             }),
-            info: if verbose { map::info(&self.verbose()) } else { Default::default() },
+            info: if verbose { map::info(&self.verbose(pods)) } else { Default::default() },
             runtime_handlers: default.chain(able.map(|h| described(&h.name, h))).collect(),
             features: Some(RuntimeFeatures {
                 supplemental_groups_policy: true,
@@ -91,11 +88,12 @@ impl Node {
         }
     }
 
-    fn verbose(&self) -> serde_json::Value {
+    fn verbose(&self, pods: &Pods) -> serde_json::Value {
         let mut info = self.info.clone();
         if let Some(map) = info.as_object_mut() {
             map.insert("version".into(), json!(self.version));
             map.insert("systemdCgroup".into(), json!(self.systemd_cgroup));
+            map.insert("network".into(), pods.network_info());
         }
         info
     }

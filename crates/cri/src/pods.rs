@@ -98,6 +98,9 @@ fn verbose(view: &PodView) -> serde_json::Value {
         "shimPid": state.process.as_ref().and_then(|p| p.shim_pid()).unwrap_or(0),
         "runtimeHandler": state.handler_name(),
         "sandbox": state.sandbox,
+        "network": state.network,
+        // Where tools look for it at containerd's.
+        "cniResult": state.network.networks.first().and_then(|n| n.result.as_ref()),
         "config": &*view.pod.config,
     })
 }

@@ -84,7 +84,7 @@ impl RuntimeService for Cri {
         Ok(Response::new(self.node.version()))
     }
     async fn status(&self, r: Request<StatusRequest>) -> Answer<StatusResponse> {
-        Ok(Response::new(self.node.status(&self.pods, r.get_ref().verbose)))
+        Ok(Response::new(self.node.status(&self.pods, r.get_ref().verbose).await))
     }
     async fn runtime_config(&self, _: Request<RuntimeConfigRequest>) -> Answer<RuntimeConfigResponse> {
         Ok(Response::new(self.node.runtime_config()))

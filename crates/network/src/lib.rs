@@ -1,9 +1,13 @@
-//! A pod's network namespace and what is in it.
+//! A pod's network: the namespace, and who attaches it to what.
 //!
 //! ```text
+//!   pods ──► Network ──┬──► cni/      plugins, where a configuration says which
+//!                      ├──► builtin/  the network that needs nothing
+//!                      └──► nobody    a pod has lo alone
+//!
 //! netns.rs     where the namespaces are pinned
 //! types.rs     what a pod asks of its network and what it gets
-//! builtin/     the network that needs nothing: bridge, addresses, masquerade
+//! builtin/     bridge, addresses, masquerade
 //! host_ports/  ports of the node that lead to pods, with any network
 //! nft/         nf_tables' messages
 //! netlink/     links, addresses, routes, limits, tracked connections
@@ -11,9 +15,11 @@
 //! ```
 //!
 //! A new namespace has `lo` up (`sys::namespace` does that while it makes it) and
-//! nothing else.
+//! nothing else. Who attached a pod is found by the pod's id alone, so that it is
+//! detached rightly whatever the configuration has become.
 
 mod builtin;
+pub mod cni;
 mod host_ports;
 mod netlink;
 mod netns;
@@ -21,19 +27,297 @@ mod nft;
 mod turns;
 mod types;
 
-pub use self::types::{AttachRequest, Attachment, Bandwidth, Dns, INTERFACE, Mac, Net, PortMapping, Protocol};
+pub use self::types::{
+    AttachRequest, Attached, Attachment, Bandwidth, Dns, INTERFACE, Mac, Net, PortMapping, Protocol,
+};
 pub use builtin::{Builtin, BuiltinConfig, InterfaceStats, IpRange, interface_stats};
 pub use host_ports::HostPorts;
 pub use netns::NetnsDir;
+
+use ::types::{Error, Result};
+use cni::{Cni, CniConfig};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use store::Store;
+
+/// How long all plugins of all networks together may take to attach a pod: with the
+/// rest it stays below the kubelet's bound on RunPodSandbox, 4 min.
+const ATTACH_BOUND: Duration = Duration::from_secs(100);
+/// The same for a detachment: below its bound on StopPodSandbox, 2 min.
+const DETACH_BOUND: Duration = Duration::from_secs(60);
+/// How soon and how seldom what could not be detached, of pods that nobody knows any
+/// more, is tried again.
+const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
+
+/// Who attaches pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// CNI plugins where there is a configuration of them, else the built-in network.
+    Auto,
+    /// CNI plugins.
+    Cni,
+    /// The built-in network.
+    Builtin,
+    /// Nobody: a pod has `lo` alone.
+    None,
+}
+
+/// What an operator can set.
+#[derive(Debug, Clone)]
+pub struct NetworkConfig {
+    /// Who attaches pods.
+    pub mode: Mode,
+    /// Where configurations and plugins are.
+    pub cni: CniConfig,
+    /// The built-in network.
+    pub builtin: BuiltinConfig,
+}
+
+/// Whether pods can be attached, as a condition of the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Readiness {
+    /// They can.
+    pub ready: bool,
+    /// One word; empty where there is nothing to say.
+    pub reason: String,
+    /// A sentence.
+    pub message: String,
+}
+
+impl Readiness {
+    fn ready() -> Self {
+        Self { ready: true, reason: String::new(), message: String::new() }
+    }
+
+    fn not_ready(reason: &str, message: impl Into<String>) -> Self {
+        Self { ready: false, reason: reason.to_owned(), message: message.into() }
+    }
+}
+
+/// What a pod is attached to, as it is stored with the pod; empty where nobody
+/// attaches pods, and in the node's network.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PodNetwork {
+    /// In the order of its interfaces.
+    #[serde(default)]
+    pub networks: Vec<Attached>,
+}
+
+impl PodNetwork {
+    /// The pod's addresses, its own first: those of its first network, in the order
+    /// in which that gave them.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.networks.first().into_iter().flat_map(|n| n.attachment.addresses.iter().map(|a| a.address))
+    }
+}
+
+/// The networks of all pods. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Network(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    mode: Mode,
+    cni: Cni,
+    builtin: Builtin,
+    /// Something of the built-in network or its host ports was claimed, now or before:
+    /// where nothing ever was, nothing needs to be freed.
+    claimed: AtomicBool,
+    /// Pods that nobody knows any more and that are still attached.
+    strays: Mutex<BTreeSet<String>>,
+}
+
+/// Who attaches the next pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    Cni,
+    Builtin,
+    Nobody,
+}
+
+impl Network {
+    /// Opens what was attached before and follows the configurations.
+    ///
+    /// # Errors
+    /// Names the directory that can't be made; `InvalidArgument` for a built-in network
+    /// that can't work.
+    pub async fn open(config: NetworkConfig, store: Store) -> Result<Self> {
+        let by_cni = matches!(config.mode, Mode::Auto | Mode::Cni);
+        let cni = Cni::open(config.cni, by_cni)?;
+        let claimed = !store.network_claims().await?.is_empty();
+        let builtin = Builtin::open(config.builtin, store).await?;
+        Ok(Self(Arc::new(Inner { mode: config.mode, cni, builtin, claimed: claimed.into(), strays: Mutex::default() })))
+    }
+
+    fn by(&self) -> By {
+        match self.0.mode {
+            Mode::Cni => By::Cni,
+            // A broken configuration is one too: pods must not end up elsewhere.
+            Mode::Auto if self.0.cni.is_configured() => By::Cni,
+            Mode::Auto | Mode::Builtin => By::Builtin,
+            Mode::None => By::Nobody,
+        }
+    }
+
+    /// Attaches a pod. What has failed half-way is left for [`Self::detach`], which
+    /// is to follow.
+    ///
+    /// # Errors
+    /// Who failed at what, in a plugin's case with its own words.
+    pub async fn attach(&self, request: &AttachRequest) -> Result<PodNetwork> {
+        let networks = async {
+            match self.by() {
+                By::Cni => self.attach_by_cni(request).await,
+                By::Builtin => {
+                    self.0.claimed.store(true, Ordering::Relaxed);
+                    let attachment = self.0.builtin.attach(request).await?;
+                    let (network, interface) = ("longshore".to_owned(), INTERFACE.to_owned());
+                    Ok(vec![Attached { network, interface, attachment, result: None }])
+                }
+                By::Nobody => Ok(Vec::new()),
+            }
+        };
+        let networks = bounded(ATTACH_BOUND, "attaching it to its network", networks).await?;
+        Ok(PodNetwork { networks })
+    }
+
+    /// By plugins, and where none of them leads host ports, these by ourselves.
+    async fn attach_by_cni(&self, request: &AttachRequest) -> Result<Vec<Attached>> {
+        let ours = !request.ports.is_empty() && !self.0.cni.asks_for("portMappings");
+        let networks = self.0.cni.attach(request).await?;
+        if let Some(first) = networks.first().filter(|_| ours) {
+            self.0.claimed.store(true, Ordering::Relaxed);
+            let ports = self.0.builtin.host_ports();
+            ports.add(&request.pod_id, &first.attachment.addresses, &request.ports).await?;
+        }
+        Ok(networks)
+    }
+
+    /// Detaches a pod from whatever it was attached to, by whomever; nothing is
+    /// success. It may be asked for again, and with the namespace gone.
+    ///
+    /// # Errors
+    /// All failures, joined; what is still attached stays known.
+    pub async fn detach(&self, pod: &str) -> Result<()> {
+        let detach = async {
+            let mut errors = Vec::new();
+            if self.0.claimed.load(Ordering::Relaxed) {
+                errors.extend(self.0.builtin.detach(pod).await.err());
+            }
+            errors.extend(self.0.cni.detach(pod).await.err());
+            if errors.len() == 1 { errors.pop().map_or(Ok(()), Err) } else { Error::join("its networks", errors) }
+        };
+        bounded(DETACH_BOUND, "detaching it from its network", detach).await
+    }
+
+    /// Detaches a pod that is gone for everybody else, now and then until it is done.
+    pub fn detach_later(&self, pod: &str) {
+        let mut strays = self.0.strays.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = strays.is_empty();
+        strays.insert(pod.to_owned());
+        if first {
+            tokio::spawn(self.clone().detach_strays());
+        }
+    }
+
+    async fn detach_strays(self) {
+        let (mut wait, longest) = RETRY;
+        loop {
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(longest);
+            let strays = self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            for pod in strays {
+                match self.detach(&pod).await {
+                    Ok(()) => {
+                        tracing::info!("pod {pod:.12} is detached from its network at last");
+                        self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).remove(&pod);
+                    }
+                    Err(e) => tracing::warn!("what is left of pod {pod:.12}: {e}"),
+                }
+            }
+            // The lock is held for the decision: who comes later starts a new task.
+            if self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Asks whether a pod's network is as it was made.
+    ///
+    /// # Errors
+    /// What is amiss.
+    pub async fn check(&self, pod: &str) -> Result<()> {
+        bounded(DETACH_BOUND, "checking its network", self.0.cni.check(pod)).await
+    }
+
+    /// Frees what former daemons left of pods that are not `live`. To be called before
+    /// pods are made; what fails is tried again later.
+    pub async fn collect(&self, live: &BTreeSet<String>) -> Vec<Error> {
+        let (left, mut errors) = self.0.cni.collect(live).await;
+        for pod in left {
+            self.detach_later(&pod);
+        }
+        // Where pods are not attached by ourselves and never were, the node's links and
+        // tables are not looked at: they may be another daemon's.
+        let ours = self.by() == By::Builtin || self.0.claimed.load(Ordering::Relaxed);
+        if ours {
+            match self.0.builtin.reconcile(live).await {
+                Ok(removed) => removed.iter().for_each(|what| tracing::info!("freed {what}, which is no more")),
+                Err(e) => errors.push(e),
+            }
+        }
+        errors
+    }
+
+    /// Takes back what only pods need of the node, if none is left: for a daemon that
+    /// ends.
+    ///
+    /// # Errors
+    /// Names what can't be removed.
+    pub async fn release(&self) -> Result<()> {
+        if self.0.claimed.load(Ordering::Relaxed) { self.0.builtin.release().await } else { Ok(()) }
+    }
+
+    /// Whether pods can be attached.
+    pub async fn status(&self) -> Readiness {
+        match self.by() {
+            By::Cni => self.0.cni.status().await,
+            By::Builtin => Readiness::ready(),
+            By::Nobody => Readiness::not_ready(
+                "NoPodNetwork",
+                "network.mode is \"none\": a pod has a network namespace with lo alone",
+            ),
+        }
+    }
+
+    /// For `crictl info`: the mode, and what is configured.
+    pub fn info(&self) -> Value {
+        let cni = (self.by() == By::Cni).then(|| self.0.cni.info());
+        json!({ "mode": self.0.mode, "cni": cni })
+    }
+}
+
+async fn bounded<T>(bound: Duration, what: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(bound, work).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Error::deadline(format!("{what} has not ended after {} s", bound.as_secs()))),
+    }
+}
 
 /// Runs system calls that may wait for the kernel's locks where they hold nobody up;
 /// they begin at once and end even if nobody awaits them.
 fn blocking<T: Send + 'static>(
     what: &'static str,
-    work: impl FnOnce() -> ::types::Result<T> + Send + 'static,
-) -> impl Future<Output = ::types::Result<T>> + Send {
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> impl Future<Output = Result<T>> + Send {
     let work = tokio::task::spawn_blocking(work);
-    async move { work.await.map_err(|e| ::types::Error::internal(what).because(e))? }
+    async move { work.await.map_err(|e| Error::internal(what).because(e))? }
 }
 
 /// Carries an operation to its end even if nobody awaits it any more.

@@ -202,6 +202,20 @@ pub struct Attachment {
     pub mtu: Option<u32>,
 }
 
+/// A pod's attachment to one network.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The network's name.
+    pub network: String,
+    /// The interface's name in the pod.
+    pub interface: String,
+    /// What the pod has got.
+    pub attachment: Attachment,
+    /// All that the last CNI plugin has answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<serde_json::Value>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

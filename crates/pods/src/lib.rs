@@ -12,6 +12,7 @@
 //! journal.rs    writes to the database, in order
 //! recovery.rs   what a new daemon finds
 //! sandbox/      namespaces, files and mounts of a pod on the node
+//! network.rs    what a pod's network is asked for, purely
 //! facts.rs      what the node and an image's rootfs say
 //! ```
 
@@ -22,6 +23,7 @@ pub mod facts;
 mod handlers;
 mod journal;
 mod manager;
+mod network;
 mod ops;
 mod owner;
 mod recovery;

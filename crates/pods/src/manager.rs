@@ -91,6 +91,7 @@ impl Pods {
         let plan = sandbox::plan(&config, |id| self.target_pid(id)).map_err(|e| e.within(pod_name(&config)))?;
         let plan = NamespacePlan { pause, ..plan };
         spec::check_pod(&config)?;
+        crate::network::request("", &config, std::path::Path::new("")).map_err(|e| e.within(pod_name(&config)))?;
         let id = types::new_id()?;
         let (tx, mut attempt) = watch::channel(None);
         match self.shared.registry.reserve(&key, attempt.clone()) {
@@ -319,11 +320,23 @@ impl Pods {
         &self.shared.handlers
     }
 
+    /// Whether pods can be attached to a network.
+    pub async fn network_status(&self) -> network::Readiness {
+        self.shared.network.status().await
+    }
+
+    /// How pods are attached, for people.
+    pub fn network_info(&self) -> serde_json::Value {
+        self.shared.network.info()
+    }
+
     /// Before the daemon's end: waits until all changes are in the database, and
     /// takes back the mounts that only pods need, where there are none.
     pub async fn close(&self) {
         self.shared.journal.flush().await;
-        if let Err(e) = self.shared.sandboxes.release() {
+        for e in
+            [self.shared.network.release().await.err(), self.shared.sandboxes.release().err()].into_iter().flatten()
+        {
             tracing::warn!("at the end: {e}");
         }
     }

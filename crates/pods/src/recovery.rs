@@ -43,6 +43,12 @@ struct Stored {
 pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
     let (mut stored, aside) = load(shared).await?;
     let boot = Boot::look(shared).await?;
+    // Networks before namespaces, which plugins look into; and after a restart of the
+    // node all of them.
+    let live = stored.iter().filter(|s| !boot.rebooted && !s.pod.state.torn_down).map(|s| s.pod.id.clone());
+    for e in shared.network.collect(&live.chain(aside.keys().cloned()).collect()).await {
+        tracing::warn!("freeing networks that a former daemon left: {e}");
+    }
     if boot.rebooted {
         tracing::warn!("the node was restarted: all pods are NOTREADY, all containers have exited");
         for s in &mut stored {
@@ -211,6 +217,7 @@ fn end_all(shared: &Shared, s: &mut Stored, why: &str) {
     s.pod.state.torn_down = true;
     s.pod.state.process = None;
     s.pod.state.init_pid = 0;
+    s.pod.state.network = network::PodNetwork::default();
     set_pod(shared, &s.pod);
 }
 

@@ -6,6 +6,7 @@ use crate::journal::Journal;
 use crate::registry::Registry;
 use crate::sandbox::Sandboxes;
 use images::Images;
+use network::Network;
 use runtime::Runtime;
 use snapshots::Snapshotter;
 use std::path::PathBuf;
@@ -48,6 +49,8 @@ pub struct Shared {
     pub snapshots: Arc<dyn Snapshotter>,
     /// Namespaces, files and mounts of pods.
     pub sandboxes: Sandboxes,
+    /// Who attaches pods to their networks.
+    pub network: Network,
     /// Timed steps.
     pub timelines: Timelines,
     /// What happens, for listeners.

@@ -39,6 +39,9 @@ pub struct PodState {
     pub process: Option<PodProcess>,
     /// Namespaces, files and mounts on the node.
     pub sandbox: crate::sandbox::SandboxState,
+    /// What it is attached to; nothing in the node's network, and once it was stopped.
+    #[serde(default)]
+    pub network: network::PodNetwork,
     /// Nothing of it is left on the node but its record: a stop went through.
     #[serde(default)]
     pub torn_down: bool,

@@ -24,6 +24,21 @@ struct Rig {
     _root: TempRoot,
 }
 
+/// Pods have lo alone, and nothing of the node's network is touched.
+async fn no_network(root: &TempRoot, store: store::Store) -> network::Network {
+    let cni = network::cni::CniConfig {
+        conf_dir: root.join("net.d"),
+        bin_dirs: vec![],
+        networks: vec![],
+        plugin_timeout: Duration::from_secs(5),
+        gc: false,
+        cache_dir: root.join("root/cni"),
+    };
+    let builtin = network::BuiltinConfig::default();
+    let config = network::NetworkConfig { mode: network::Mode::None, cni, builtin };
+    network::Network::open(config, store).await.unwrap()
+}
+
 async fn rig() -> Rig {
     let root = TempRoot::new();
     let store = store::Store::open(&root.join("db")).unwrap();
@@ -53,11 +68,12 @@ async fn rig() -> Rig {
             operation_timeout: Duration::from_secs(5),
         },
         journal: pods::Journal::start(store.clone()),
-        store,
+        store: store.clone(),
         runtime: fake.clone(),
         images,
         snapshots,
         sandboxes: Sandboxes::prepare(dirs).unwrap(),
+        network: no_network(&root, store).await,
         timelines: telemetry::Timelines::new(),
         events: pods::Events::default(),
         registry: pods::Registry::default(),

@@ -151,6 +151,9 @@ pub struct RunArgs {
     /// The network of the pod made for it
     #[arg(long, value_enum, default_value_t = Network::Pod)]
     pub network: Network,
+    /// A port of the node that leads to the pod that is made; PROTO: tcp, udp, sctp
+    #[arg(short, long, value_name = "[IP:]PORT:PODPORT[/PROTO]")]
+    pub publish: Vec<String>,
     /// The pod's host name [default: its name]
     #[arg(long)]
     pub hostname: Option<String>,

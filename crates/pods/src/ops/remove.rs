@@ -30,7 +30,7 @@ pub async fn remove_pod(ctx: &PodContext) -> Result<()> {
     let (shared, id) = (&ctx.shared, &ctx.pod.id);
     let mut errors = Vec::new();
     errors.extend(shared.bounded("stopping the shim", shared.runtime.stop_pod(id)).await.err());
-    errors.extend(shared.bounded("removing the sandbox", shared.sandboxes.teardown(id)).await.err());
+    errors.extend(super::stop::end_sandbox(ctx).await.err());
     Error::join(&format!("remove pod {}", ctx.pod.name()), errors)
 }
 

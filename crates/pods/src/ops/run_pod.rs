@@ -1,5 +1,5 @@
-//! RunPodSandbox: namespaces and files on one side, the shim on the other, both
-//! at once; then the init, where the pod shares one pid namespace.
+//! RunPodSandbox: namespaces, files and then the network on one side, the shim on
+//! the other, both at once; then the init, where the pod shares one pid namespace.
 //!
 //! Nothing is written before all of it stands: everything lies under paths made of
 //! the pod's id, and what belongs to no stored pod is swept at the next start.
@@ -9,8 +9,11 @@ use crate::journal::Write;
 use crate::sandbox::{NamespacePlan, SandboxRequest, SandboxState};
 use crate::shared::Shared;
 use crate::state::{PodInfo, PodPhase, PodState, pod_name};
+use network::PodNetwork;
 use proto::cri::PodSandboxConfig;
 use runtime::{TaskIo, TaskSpec, TaskState};
+use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
@@ -56,18 +59,20 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
     let request = SandboxRequest { pod_id: &new.id, config: &new.config, plan: &new.plan };
     let gid = new.plan.mapped_root_gid();
     let spec = pod_spec(shared, &new.id, &new.config, &new.runtime, gid);
-    let sandbox = timelines.timed(
-        &new.id,
-        OP,
-        "namespaces",
-        "",
-        shared.bounded("making namespaces", shared.sandboxes.setup(request)),
-    );
+    let sandbox = async {
+        let setup = shared.bounded("making namespaces", shared.sandboxes.setup(request));
+        let sandbox = timelines.timed(&new.id, OP, "namespaces", "", setup).await?;
+        let network = match &sandbox.net {
+            Some(netns) => timelines.timed(&new.id, OP, "network", "", attach(shared, new, &sandbox, netns)).await?,
+            None => PodNetwork::default(),
+        };
+        Ok::<_, Error>((sandbox, network))
+    };
     let process =
         timelines.timed(&new.id, OP, "shim", "", shared.bounded("starting the shim", shared.runtime.start_pod(&spec)));
     // Both run to their end even when one fails: a half-made side can't be undone.
     let (sandbox, process) = tokio::join!(sandbox, process);
-    let (mut sandbox, process) = (sandbox?, process?);
+    let ((mut sandbox, network), process) = (sandbox?, process?);
     let mut init_pid = 0;
     if new.plan.has_init() {
         init_pid = timelines.timed(&new.id, OP, "init", "", start_init(shared, new, &sandbox)).await?;
@@ -90,6 +95,7 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
             runtime: new.runtime.clone(),
             process: Some(process),
             sandbox,
+            network,
             torn_down: false,
             init: new.plan.has_init(),
             init_pid,
@@ -97,6 +103,15 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
     };
     timelines.timed(&new.id, OP, "store", "", save(shared, &new.key, &info)).await?;
     Ok(info)
+}
+
+/// Attaches the pod, and tells its /etc/hosts of the address.
+async fn attach(shared: &Arc<Shared>, new: &NewPod, sandbox: &SandboxState, netns: &Path) -> Result<PodNetwork> {
+    let request = crate::network::request(&new.id, &new.config, netns)?;
+    let network = shared.network.attach(&request).await?;
+    let addresses: Vec<IpAddr> = network.addresses().collect();
+    shared.sandboxes.note_addresses(sandbox, &addresses).await?;
+    Ok(network)
 }
 
 async fn start_init(shared: &Arc<Shared>, new: &NewPod, sandbox: &SandboxState) -> Result<u32> {
@@ -144,6 +159,11 @@ async fn undo(shared: &Arc<Shared>, id: &str) -> Vec<Error> {
     let mut errors = Vec::new();
     let _ = shared.runtime.kill_task(id, id, Signal::KILL, true, "a failed RunPodSandbox").await;
     errors.extend(shared.bounded("stopping the shim", shared.runtime.stop_pod(id)).await.err());
+    if let Err(e) = shared.network.detach(id).await {
+        errors.push(e);
+        // Nobody will ask for this pod again.
+        shared.network.detach_later(id);
+    }
     errors.extend(shared.bounded("removing the sandbox", shared.sandboxes.teardown(id)).await.err());
     shared.timelines.remove(id);
     errors

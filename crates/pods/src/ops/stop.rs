@@ -118,6 +118,17 @@ pub async fn end_task(ctx: &PodContext, id: &str, why: &str) -> Result<()> {
     delete_task(ctx, id).await
 }
 
+/// Detaches a pod and takes its namespaces and files down. A pod that can't be
+/// detached keeps them, because plugins need them the next time.
+///
+/// # Errors
+/// What failed; it may be asked for again.
+pub async fn end_sandbox(ctx: &PodContext) -> Result<()> {
+    let (shared, id) = (&ctx.shared, &ctx.pod.id);
+    shared.network.detach(id).await?;
+    shared.bounded("removing the sandbox", shared.sandboxes.teardown(id)).await
+}
+
 /// Ends a pod whose containers have ended: init, shim, namespaces, files. It goes
 /// on to the end whatever fails.
 ///
@@ -136,7 +147,7 @@ pub async fn stop_pod(ctx: &PodContext) -> Result<()> {
         }
     }
     let shim = shared.bounded("stopping the shim", shared.runtime.stop_pod(id));
-    let sandbox = shared.bounded("removing the sandbox", shared.sandboxes.teardown(id));
+    let sandbox = end_sandbox(ctx);
     let (shim, sandbox) = tokio::join!(shim, sandbox);
     errors.extend(shim.err());
     errors.extend(sandbox.err());

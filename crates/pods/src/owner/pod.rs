@@ -110,6 +110,7 @@ impl Owner {
         next.state.torn_down = true;
         next.state.process = None;
         next.state.init_pid = 0;
+        next.state.network = network::PodNetwork::default();
         self.set_pod(next, move |saved| answer(waiters, &saved));
         if was_ready {
             let id = self.pod.id.clone();

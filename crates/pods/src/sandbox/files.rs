@@ -5,6 +5,7 @@ use super::plan::NamespacePlan;
 use proto::cri::{DnsConfig, PodSandboxConfig};
 use std::fmt::Write as _;
 use std::io::{Read, Write};
+use std::net::IpAddr;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use types::{Error, Result, ResultExt};
@@ -34,23 +35,37 @@ pub(super) fn contents(config: &PodSandboxConfig, plan: &NamespacePlan, node: &s
     // The file says what `hostname` says.
     let own = plan.uts && !config.hostname.is_empty();
     let hostname = if own { config.hostname.clone() } else { node.to_owned() };
-    let hosts = plan.net.then(|| hosts(&hostname));
+    let hosts = plan.net.then(|| hosts(&hostname, &[]));
     let resolv_conf = config.dns_config.as_ref().map(resolv_conf).transpose()?.flatten();
     Ok(Contents { hostname, hosts, resolv_conf })
 }
 
 /// As resolvers expect it: loopback in both families, and the pod itself, whose
-/// name must resolve before it has an address.
-fn hosts(hostname: &str) -> String {
+/// name must resolve also before it has an address, and without one.
+pub(super) fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
     let short = hostname.split('.').next().filter(|s| *s != hostname).map(|s| format!(" {s}")).unwrap_or_default();
-    format!(
-        "127.0.0.1\tlocalhost\n\
+    let mut text = "127.0.0.1\tlocalhost\n\
          ::1\tlocalhost ip6-localhost ip6-loopback\n\
          fe00::0\tip6-localnet\n\
          ff02::1\tip6-allnodes\n\
-         ff02::2\tip6-allrouters\n\
-         127.0.1.1\t{hostname}{short}\n"
-    )
+         ff02::2\tip6-allrouters\n"
+        .to_owned();
+    if addresses.is_empty() {
+        let _ = writeln!(text, "127.0.1.1\t{hostname}{short}");
+    }
+    for address in addresses {
+        let _ = writeln!(text, "{address}\t{hostname}{short}");
+    }
+    text
+}
+
+/// Gives a file that [`write`] has made other contents.
+pub(super) fn overwrite(path: &Path, content: &[u8]) -> Result<()> {
+    let what = || format!("write {}", path.display());
+    let nofollow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    let mut file =
+        std::fs::OpenOptions::new().write(true).truncate(true).custom_flags(nofollow).open(path).context(what)?;
+    file.write_all(content).context(what)
 }
 
 /// `None` where nothing is said and the node's file counts.
@@ -146,6 +161,8 @@ mod tests {
         let own = contents(&config, &plan(true), "node").unwrap();
         assert_eq!(own.hostname, "web-0.svc");
         assert!(own.hosts.unwrap().ends_with("127.0.1.1\tweb-0.svc web-0\n"));
+        let text = hosts("web-0.svc", &["10.0.0.7".parse().unwrap(), "fd00::7".parse().unwrap()]);
+        assert!(text.ends_with("10.0.0.7\tweb-0.svc web-0\nfd00::7\tweb-0.svc web-0\n") && !text.contains("127.0.1.1"));
         let host = contents(&config, &plan(false), "node").unwrap();
         assert_eq!(host, Contents { hostname: "node".into(), hosts: None, resolv_conf: None });
         assert_eq!(contents(&PodSandboxConfig::default(), &plan(true), "node").unwrap().hostname, "node");

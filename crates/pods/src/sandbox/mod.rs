@@ -37,6 +37,7 @@ use network::NetnsDir;
 use proto::cri::PodSandboxConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashSet};
+use std::net::IpAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -256,6 +257,19 @@ impl Sandboxes {
             }
         });
         rx.await.map_err(|_| Error::internal(format!("the setup of sandbox {:.12} was lost", request.pod_id)))?
+    }
+
+    /// Puts a pod's addresses into its /etc/hosts, before a container has it; none
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub async fn note_addresses(&self, sandbox: &SandboxState, addresses: &[IpAddr]) -> Result<()> {
+        if addresses.is_empty() {
+            return Ok(());
+        }
+        let (path, text) = (sandbox.hosts_path.clone(), files::hosts(&sandbox.hostname, addresses));
+        blocking(move || files::overwrite(&path, text.as_bytes())).await
     }
 
     /// The turn of a setup, which must be the pod's only one.

@@ -4,7 +4,8 @@ use crate::cli::args::{Network, RunArgs};
 use proto::cri::security_profile::ProfileType;
 use proto::cri::{
     ContainerConfig, ContainerMetadata, ImageSpec, Int64Value, KeyValue, LinuxContainerConfig, LinuxContainerResources,
-    LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode, NamespaceOption, SecurityProfile,
+    LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode, NamespaceOption, PortMapping, Protocol,
+    SecurityProfile,
 };
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -108,6 +109,36 @@ fn resources(args: &RunArgs) -> Result<LinuxContainerResources> {
         resources.cpu_quota = quota;
     }
     Ok(resources)
+}
+
+/// `[IP:]PORT:PODPORT[/PROTO]`, an address of IPv6 in brackets.
+///
+/// # Errors
+/// `InvalidArgument`, quoting it.
+pub fn publish(text: &str) -> Result<PortMapping> {
+    let refuse = |why: &str| {
+        Error::invalid(format!("--publish {text:?}: {why}")).hint("write [IP:]PORT:PODPORT[/PROTO], e.g. 8080:80")
+    };
+    let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+    let protocol = match protocol {
+        "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        "sctp" => Protocol::Sctp,
+        _ => return Err(refuse("the protocol is neither tcp, udp nor sctp")),
+    };
+    let port = |p: &str| p.parse::<u16>().ok().filter(|p| *p > 0).map(i32::from);
+    let (rest, inside) = ports.rsplit_once(':').ok_or_else(|| refuse("it has one port only"))?;
+    let (ip, outside) = rest.rsplit_once(':').unwrap_or(("", rest));
+    let ip = ip.trim_start_matches('[').trim_end_matches(']');
+    if !ip.is_empty() && ip.parse::<std::net::IpAddr>().is_err() {
+        return Err(refuse("the node's address is none"));
+    }
+    Ok(PortMapping {
+        protocol: protocol.into(),
+        container_port: port(inside).ok_or_else(|| refuse("the pod's port is not between 1 and 65535"))?,
+        host_port: port(outside).ok_or_else(|| refuse("the node's port is not between 1 and 65535"))?,
+        host_ip: ip.to_string(),
+    })
 }
 
 /// `NAME=VALUE`, or `NAME` for our own value of it; `None` where we have none.
@@ -230,6 +261,17 @@ mod tests {
         for bad in ["", "/a", "a:/b", "/a:b", ":/b", "/a:/b:nope", "/a:/b:ro:x"] {
             let e = volume(bad, here).unwrap_err().to_string();
             assert!(e.contains("--volume") && e.contains("HOST:CONTAINER"), "{bad}: {e}");
+        }
+    }
+
+    #[test]
+    fn ports_are_read() {
+        let mapping = |text: &str| publish(text).map(|m| (m.host_ip, m.host_port, m.container_port, m.protocol));
+        assert_eq!(mapping("8080:80").unwrap(), (String::new(), 8080, 80, Protocol::Tcp.into()));
+        assert_eq!(mapping("127.0.0.1:53:5353/udp").unwrap(), ("127.0.0.1".into(), 53, 5353, Protocol::Udp.into()));
+        assert_eq!(mapping("[::1]:1:2/sctp").unwrap(), ("::1".into(), 1, 2, Protocol::Sctp.into()));
+        for bad in ["", "80", "0:80", "80:", "80:70000", "a:80:80", "80:80/icmp"] {
+            assert!(publish(bad).unwrap_err().to_string().contains("--publish"), "{bad}");
         }
     }
 

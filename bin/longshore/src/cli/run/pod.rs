@@ -56,7 +56,7 @@ pub async fn join(client: &mut Client, args: &RunArgs, name: &str) -> Result<Joi
         None => make(client, args, name, true).await,
         Some(given) => match given.strip_prefix("new:") {
             Some(new) => make(client, args, new, false).await,
-            None => existing(client, given, name).await,
+            None => existing(client, args, given, name).await,
         },
     }
 }
@@ -68,6 +68,7 @@ async fn make(client: &mut Client, args: &RunArgs, name: &str, own: bool) -> Res
         return Err(Error::exists(format!("a pod named {name} exists already"))
             .hint(format!("'longshore rm {name}' removes it; or choose another name")));
     }
+    let port_mappings = args.publish.iter().map(|p| config::publish(p)).collect::<Result<_>>()?;
     let uid: String = new_id()?.chars().take(32).collect();
     let folder = log_folder(client, &uid).await?;
     std::fs::create_dir_all(&folder).context(|| format!("make the log folder {}", folder.display()))?;
@@ -82,6 +83,7 @@ async fn make(client: &mut Client, args: &RunArgs, name: &str, own: bool) -> Res
         hostname: args.hostname.clone().unwrap_or_else(|| hostname(name)),
         log_directory: folder.to_string_lossy().into_owned(),
         labels: labels.clone(),
+        port_mappings,
         linux: Some(LinuxPodSandboxConfig {
             cgroup_parent: args.cgroup_parent.clone(),
             security_context: Some(LinuxSandboxSecurityContext {
@@ -118,7 +120,11 @@ fn hostname(name: &str) -> String {
     name.chars().map(|c| if c == '_' { '-' } else { c }).take(63).collect()
 }
 
-async fn existing(client: &mut Client, given: &str, name: &str) -> Result<Joined> {
+async fn existing(client: &mut Client, args: &RunArgs, given: &str, name: &str) -> Result<Joined> {
+    if !args.publish.is_empty() {
+        return Err(Error::invalid(format!("--publish: pod {given} exists already, and its ports are what they are"))
+            .hint("--pod new:NAME makes one with ports"));
+    }
     let pod = find::pod(client, given).await?;
     if pod.state() != PodSandboxState::SandboxReady {
         return Err(Error::precondition(format!("pod {given} has been stopped"))

@@ -1,0 +1,348 @@
+//! The CNI client: versions 0.3.0 to 1.1.0 of the specification.
+//!
+//! ```text
+//! config.rs    a network configuration, read                      pure
+//! conf_dir.rs  the directory of configurations, watched
+//! told.rs      what plugins are told of a pod                      pure
+//! plugin.rs    a plugin's run
+//! result.rs    what ADD answers                                    pure
+//! cache.rs     what was attached, on disk
+//!
+//! attach:  record ─► ADD, plugin by plugin, each answer into the record
+//! detach:  each record of the pod ─► DEL, plugins in reverse ─► record goes
+//! ```
+//!
+//! A record is written before the first ADD and removed after the last DEL, and
+//! carries the configuration as it was. So whatever may be attached is known, and
+//! DEL is right also when the configuration has changed, or gone.
+
+mod cache;
+mod conf_dir;
+mod config;
+mod plugin;
+mod result;
+mod told;
+
+use crate::Readiness;
+use crate::types::{AttachRequest, Attached};
+use ::types::{Error, Result, ResultExt};
+use cache::{Cache, Record};
+use conf_dir::{ConfDir, Loaded};
+use config::NetworkList;
+use plugin::{Plugins, Subject, Verb};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long an answer of STATUS counts: kubelets ask for the node's status every few
+/// seconds, and each answer is a run of every plugin.
+const STATUS_COUNTS: Duration = Duration::from_secs(5);
+/// The longest that STATUS may take, whatever other verbs may.
+const STATUS_BOUND: Duration = Duration::from_secs(5);
+
+/// Where configurations and plugins are.
+#[derive(Debug, Clone)]
+pub struct CniConfig {
+    /// The directory of network configurations.
+    pub conf_dir: PathBuf,
+    /// The directories of plugins, the first that has one counts.
+    pub bin_dirs: Vec<PathBuf>,
+    /// The networks that each pod is attached to, by name, as eth0, eth1, …; none is
+    /// the first by the name of its file.
+    pub networks: Vec<String>,
+    /// The bound on one call of one plugin.
+    pub plugin_timeout: Duration,
+    /// Whether plugins are asked to free what belongs to no pod of ours. Not where
+    /// somebody else attaches pods to the same networks.
+    pub gc: bool,
+    /// Where attachments are recorded.
+    pub cache_dir: PathBuf,
+}
+
+/// The client.
+#[derive(Debug)]
+pub struct Cni {
+    config: CniConfig,
+    plugins: Plugins,
+    status_plugins: Plugins,
+    cache: Cache,
+    conf_dir: Option<ConfDir>,
+    /// The last answer of STATUS, and to which configurations.
+    status: tokio::sync::Mutex<Option<(Instant, Arc<Loaded>, Readiness)>>,
+}
+
+impl Cni {
+    /// Opens the records; `watch` says whether configurations are followed, for a
+    /// daemon that attaches pods by CNI and not only detaches old ones.
+    ///
+    /// # Errors
+    /// Names the directory of the records.
+    pub fn open(config: CniConfig, watch: bool) -> Result<Self> {
+        let bound = config.plugin_timeout;
+        Ok(Self {
+            plugins: Plugins::new(config.bin_dirs.clone(), bound),
+            status_plugins: Plugins::new(config.bin_dirs.clone(), bound.min(STATUS_BOUND)),
+            cache: Cache::open(&config.cache_dir)?,
+            conf_dir: watch.then(|| ConfDir::watch(&config.conf_dir)),
+            status: tokio::sync::Mutex::default(),
+            config,
+        })
+    }
+
+    fn loaded(&self) -> Arc<Loaded> {
+        self.conf_dir.as_ref().map(ConfDir::loaded).unwrap_or_default()
+    }
+
+    /// There is a configuration, a good or a broken one.
+    pub fn is_configured(&self) -> bool {
+        let loaded = self.loaded();
+        !loaded.networks.is_empty() || !loaded.complaints.is_empty()
+    }
+
+    /// The networks that a pod is attached to.
+    fn selected(&self, loaded: &Loaded) -> Result<Vec<Arc<NetworkList>>> {
+        let dir = self.config.conf_dir.display();
+        let complaints = |e: Error| if loaded.complaints.is_empty() { e } else { e.hint(loaded.complaints.join("; ")) };
+        if self.config.networks.is_empty() {
+            let first = loaded.networks.first().map(|(_, list)| vec![list.clone()]);
+            let none = || complaints(Error::precondition(format!("no CNI network is configured in {dir}")));
+            return first.ok_or_else(none);
+        }
+        let find = |name: &String| {
+            let found = loaded.networks.iter().find(|(_, l)| l.name == *name).map(|(_, l)| l.clone());
+            found.ok_or_else(|| {
+                complaints(Error::precondition(format!("the CNI network {name} is not configured in {dir}")))
+            })
+        };
+        self.config.networks.iter().map(find).collect()
+    }
+
+    /// Attaches a pod to its networks. What has failed half-way is left for
+    /// [`Self::detach`].
+    ///
+    /// # Errors
+    /// Names plugin and network, with the plugin's own words.
+    pub async fn attach(&self, request: &AttachRequest) -> Result<Vec<Attached>> {
+        let lists = self.selected(&self.loaded())?;
+        let args = told::args(request)?;
+        let capabilities = told::capabilities(request);
+        // Before anything is attached: what was never begun needs no end.
+        for plugin in lists.iter().flat_map(|l| &l.plugins) {
+            self.plugins.find(&plugin.kind)?;
+        }
+        let mut attachments = Vec::new();
+        for (n, list) in lists.iter().enumerate() {
+            let interface = format!("eth{n}");
+            let mut record = Record::new(&request.pod_id, &interface, &list.name, &list.text);
+            record.netns.clone_from(&request.netns);
+            record.cni_args.clone_from(&args);
+            record.capability_args.clone_from(&capabilities);
+            self.cache.put(&record)?;
+            let result = self.add(list, &mut record).await?;
+            let attachment = result::attachment(&result, &interface);
+            let attachment = attachment.map_err(|e| e.within(format!("network {}", list.name)))?;
+            attachments.push(Attached { network: list.name.clone(), interface, attachment, result: Some(result) });
+        }
+        Ok(attachments)
+    }
+
+    /// ADD by each plugin, which is told what those before it have answered. Each
+    /// answer is recorded at once: where a later plugin fails, DEL of the earlier ones
+    /// needs it (the firewall plugin's rules are by address).
+    async fn add(&self, list: &NetworkList, record: &mut Record) -> Result<Value> {
+        for plugin in &list.plugins {
+            let input = list.input(plugin, record.result.as_ref(), &record.capability_args);
+            let said =
+                self.plugins.run(list, &plugin.kind, Verb::Add, Some(subject(record, &record.netns)), &input).await?;
+            let answer: Map<String, Value> = serde_json::from_slice(&said).context(|| {
+                let said = String::from_utf8_lossy(&said).chars().take(200).collect::<String>();
+                format!(
+                    "ADD by the CNI plugin {} (network {}): its answer {said:?} is no result",
+                    plugin.kind, list.name
+                )
+            })?;
+            record.result = Some(answer.into());
+            self.cache.put(record)?;
+        }
+        record.result.clone().ok_or_else(|| Error::internal(format!("the network {} has no plugins", list.name)))
+    }
+
+    /// Detaches a pod from whatever it was attached to, the last network first; none
+    /// is success. It goes on to its end, and may be asked for again.
+    ///
+    /// # Errors
+    /// All failures, joined; what has failed stays recorded.
+    pub async fn detach(&self, pod: &str) -> Result<()> {
+        let (records, mut errors) = self.cache.of(pod);
+        for record in records.iter().rev() {
+            errors.extend(self.detach_one(record).await.err());
+        }
+        Error::join(&format!("detach pod {pod:.12} from its CNI networks"), errors)
+    }
+
+    async fn detach_one(&self, record: &Record) -> Result<()> {
+        let list = record.config().and_then(|c| NetworkList::parse(&c)).map_err(|e| self.unreadable(record, e))?;
+        // A namespace that has gone is empty by the specification, and the plugins
+        // free what lies elsewhere.
+        let gone = sys::namespace::inode(&record.netns).is_err();
+        let netns = if gone { Path::new("") } else { &record.netns };
+        let previous = record.result.as_ref().filter(|_| list.version.has_check());
+        let mut errors = Vec::new();
+        for plugin in list.plugins.iter().rev() {
+            let input = list.input(plugin, previous, &record.capability_args);
+            let run = self.plugins.run(&list, &plugin.kind, Verb::Del, Some(subject(record, netns)), &input);
+            errors.extend(run.await.err());
+        }
+        if errors.is_empty() {
+            return self.cache.remove(record);
+        }
+        Error::join(&format!("interface {}", record.if_name), errors)
+    }
+
+    fn unreadable(&self, record: &Record, e: Error) -> Error {
+        e.within(format!("the attachment {}", self.cache.path(record).display()))
+            .hint("repair the file, or remove it to give up what it stands for")
+    }
+
+    /// Asks whether the pod's networks are as they were made.
+    ///
+    /// # Errors
+    /// What the plugins find amiss.
+    pub async fn check(&self, pod: &str) -> Result<()> {
+        let (records, errors) = self.cache.of(pod);
+        Error::join("read its attachments", errors)?;
+        for record in &records {
+            let list = record.config().and_then(|c| NetworkList::parse(&c)).map_err(|e| self.unreadable(record, e))?;
+            if !list.version.has_check() || list.disable_check {
+                continue;
+            }
+            for plugin in &list.plugins {
+                let input = list.input(plugin, record.result.as_ref(), &record.capability_args);
+                let subject = Some(subject(record, &record.netns));
+                self.plugins.run(&list, &plugin.kind, Verb::Check, subject, &input).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether pods can be attached: there is a configuration, its plugins are
+    /// installed, and where they speak STATUS, they say so.
+    pub async fn status(&self) -> Readiness {
+        let loaded = self.loaded();
+        let mut last = self.status.lock().await;
+        if let Some((at, of, readiness)) = &*last
+            && at.elapsed() < STATUS_COUNTS
+            && Arc::ptr_eq(of, &loaded)
+        {
+            return readiness.clone();
+        }
+        let readiness = match self.ask_status(&loaded).await {
+            Err(e) => Readiness::not_ready("NetworkPluginNotReady", e.to_string()),
+            Ok(()) if loaded.complaints.is_empty() => Readiness::ready(),
+            Ok(()) => Readiness {
+                ready: true,
+                reason: "BrokenNetworkConfiguration".into(),
+                message: loaded.complaints.join("; "),
+            },
+        };
+        // Only what plugins had to be started for is remembered.
+        let asked = loaded.networks.iter().any(|(_, l)| l.version.has_gc_and_status());
+        *last = asked.then(|| (Instant::now(), loaded, readiness.clone()));
+        readiness
+    }
+
+    async fn ask_status(&self, loaded: &Loaded) -> Result<()> {
+        for list in self.selected(loaded)? {
+            for plugin in &list.plugins {
+                self.plugins.find(&plugin.kind).map_err(|e| e.within(format!("network {}", list.name)))?;
+            }
+            if list.version.has_gc_and_status() {
+                for plugin in &list.plugins {
+                    let input = list.input(plugin, None, &Map::new());
+                    self.status_plugins.run(&list, &plugin.kind, Verb::Status, None, &input).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees what former daemons left: ends plugins that still run, detaches pods that
+    /// are not `live`, and lets the plugins that can forget whatever else they hold.
+    /// To be called before pods are made. Gives the pods that could not be detached
+    /// and what failed.
+    pub async fn collect(&self, live: &BTreeSet<String>) -> (BTreeSet<String>, Vec<Error>) {
+        let (records, mut errors) = self.cache.all();
+        let pods: BTreeSet<String> = records.iter().map(|r| r.container_id.clone()).collect();
+        if !pods.is_empty() {
+            let all = pods.clone();
+            let ended = tokio::task::spawn_blocking(move || plugin::end_orphans(&all)).await;
+            errors.extend(ended.context(|| "look for old plugins".into()).and_then(|r| r).err());
+        }
+        let stale: Vec<&String> = pods.difference(live).collect();
+        let mut left = BTreeSet::new();
+        let detached = futures::future::join_all(stale.iter().map(|pod| self.detach(pod))).await;
+        for (pod, outcome) in stale.into_iter().zip(detached) {
+            if let Err(e) = outcome {
+                errors.push(e);
+                left.insert(pod.clone());
+            } else {
+                tracing::info!("detached pod {pod:.12}, which is no more, from its CNI networks");
+            }
+        }
+        errors.extend(self.collect_garbage().await);
+        (left, errors)
+    }
+
+    /// GC by the plugins of the networks in use.
+    async fn collect_garbage(&self) -> Vec<Error> {
+        let mut errors = Vec::new();
+        // Without a configuration there is nobody to ask, which Status says.
+        let lists = if self.config.gc { self.selected(&self.loaded()).unwrap_or_default() } else { Vec::new() };
+        let (records, unreadable) = self.cache.all();
+        for list in lists.iter().filter(|l| l.version.has_gc_and_status() && !l.disable_gc) {
+            if !unreadable.is_empty() {
+                // What can't be read may be valid.
+                break;
+            }
+            let valid: Vec<Value> = records
+                .iter()
+                .filter(|r| r.network_name == list.name)
+                .map(|r| json!({ "containerID": r.container_id, "ifname": r.if_name }))
+                .collect();
+            for plugin in &list.plugins {
+                let mut input = list.input(plugin, None, &Map::new());
+                // The second name is an early one, which libcni still sends too.
+                input.insert("cni.dev/valid-attachments".into(), valid.clone().into());
+                input.insert("cni.dev/attachments".into(), valid.clone().into());
+                errors.extend(self.plugins.run(list, &plugin.kind, Verb::Gc, None, &input).await.err());
+            }
+        }
+        errors
+    }
+
+    /// For `crictl info`: the configurations in use, as they stand.
+    pub fn info(&self) -> Value {
+        let loaded = self.loaded();
+        let networks = loaded.networks.iter().map(|(path, list)| {
+            let config: Value = serde_json::from_str(&list.text).unwrap_or_default();
+            json!({ "file": path, "name": list.name, "cniVersion": list.version.to_string(), "config": config })
+        });
+        json!({
+            "confDir": self.config.conf_dir,
+            "binDirs": self.config.bin_dirs,
+            "networks": networks.collect::<Vec<_>>(),
+            "complaints": loaded.complaints,
+        })
+    }
+
+    /// A network that a pod would be attached to asks for this capability.
+    pub fn asks_for(&self, capability: &str) -> bool {
+        self.selected(&self.loaded()).is_ok_and(|lists| lists.iter().any(|l| l.asks_for(capability)))
+    }
+}
+
+fn subject<'a>(record: &'a Record, netns: &'a Path) -> Subject<'a> {
+    Subject { pod: &record.container_id, netns, interface: &record.if_name, args: &record.cni_args }
+}
