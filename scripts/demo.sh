@@ -1,6 +1,7 @@
 #!/bin/bash
-# A private daemon, an image made on the spot, a pod of two containers that share
-# localhost and /dev/shm; then everything is stopped, and nothing may be left.
+# A private daemon in a network of its own, an image made on the spot, a pod of two
+# containers that share localhost and /dev/shm, another pod that reaches it by its
+# address; then everything is stopped, and nothing may be left.
 # `demo.sh BINDIR`; needs root, runc and busybox-static.
 set -euo pipefail
 
@@ -59,10 +60,12 @@ cat >"$work/config.toml" <<CONFIG
 [runtime]
 shim_cgroup = "/$group/shims"
 [network]
-mode = "none"
+mode = "builtin"
 CONFIG
 usual_before=$(ls -d /var/lib/longshore /run/longshore 2>/dev/null || true)
-"$bin/longshore" serve --config "$work/config.toml" --root "$work/root" --state "$work/state" >"$work/log" 2>&1 &
+# Its network is a namespace that ends with it: the node's own is left alone.
+unshare --net -- sh -c 'busybox ip link set lo up; exec "$@"' sh \
+  "$bin/longshore" serve --config "$work/config.toml" --root "$work/root" --state "$work/state" >"$work/log" 2>&1 &
 daemon=$!
 for _ in $(seq 200); do
   longshore version >/dev/null 2>&1 && break
@@ -78,12 +81,12 @@ must_say "$image" images -o json >/dev/null
 run images
 
 step "a pod of two containers: one serves on localhost, the other fetches"
-run run -d --pod new:demo --cgroup-parent "/$group" --name web "$image" sh -c '
+run run -d --pod new:demo -p 8080:8080 --cgroup-parent "/$group" --name web "$image" sh -c '
   trap "kill %1; exit 0" TERM
   echo "hello from web" >/www/index.html
   echo "a note in shared memory" >/dev/shm/note
-  echo "serving on localhost:8080"
-  httpd -f -p 127.0.0.1:8080 -h /www &
+  echo "serving on port 8080"
+  httpd -f -p 8080 -h /www &
   wait' >/dev/null
 must_say "hello from web" run --rm --pod demo --name visitor "$image" sh -c '
   for i in 1 2 3 4 5 6 7 8 9 10; do
@@ -96,11 +99,19 @@ run run -d --pod demo --name idler "$image" sh -c 'trap "exit 0" TERM; echo "I i
 run pods
 run ps
 
+step "another pod and the node reach it, by its address and by a port of the node"
+address=$(longshore inspect demo | grep -o '"ip": "[0-9.]*"' | grep -o '[0-9.]*' | head -n 1)
+[[ -n $address ]] || die "the pod has no address"
+must_say "hello from web" run --rm --cgroup-parent "/$group" --name neighbour "$image" wget -qO- "http://$address:8080/"
+[[ $(nsenter --target "$daemon" --net busybox wget -qO- http://127.0.0.1:8080/) == "hello from web" ]] ||
+  die "the node's port 8080 does not lead to the pod"
+echo "hello from web, by the node's 127.0.0.1:8080"
+
 step "a command in a running container"
 must_say "a note in shared memory" exec idler cat /dev/shm/note
 
 step "its log, and the timeline of the pod's start"
-must_say "serving on localhost:8080" logs web
+must_say "serving on port 8080" logs web
 must_say "RunPodSandbox" timeline demo
 
 step "everything is stopped"

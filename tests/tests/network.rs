@@ -435,6 +435,7 @@ async fn pods_outlive_the_daemon_and_a_reboot_frees_them() {
     w.cri = w.daemon.cri().await;
     assert_eq!(w.addresses(&pod).await, ips, "the pod is attached as before");
     assert_eq!(w.fetch(&ips[0]), "I am web\n");
+    assert!(!w.daemon.log().contains("not as it was made"), "CHECK finds nothing amiss");
     let condition = w.condition().await;
     assert!(!condition.status && condition.message.contains("no CNI network is configured"), "{condition:?}");
     let e = w.cri.run_pod(&w.pod("new")).await.unwrap_err();
@@ -547,6 +548,8 @@ async fn newer_plugins_are_asked_for_status_and_gc() {
     let (_, input) = gc.split_once("  ").unwrap();
     let input: Value = serde_json::from_str(input).unwrap();
     assert_eq!(input["cni.dev/valid-attachments"], json!([{"containerID": pod, "ifname": "eth0"}]));
+    wait_for("it is asked whether the pod's network is as it was", BOUND, || calls("CHECK").len() == 1);
+    assert!(calls("CHECK")[0].contains(&pod) && calls("CHECK")[0].contains("\"prevResult\":"));
     w.remove(&pod).await;
     let del = calls("DEL").pop().unwrap();
     assert!(del.contains("prevResult") && del.contains("10.9.9.9"), "{del}");

@@ -98,6 +98,7 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
         }
     }
     sweep(shared, &stored, &aside).await;
+    check_networks(shared, &stored);
     for s in stored {
         match shared.store.timeline(&s.pod.id).await {
             Ok(Some(json)) => {
@@ -319,6 +320,21 @@ async fn sweep(shared: &Arc<Shared>, stored: &[Stored], aside: &Aside) {
     for e in errors {
         tracing::warn!("removing what a former daemon left: {e}");
     }
+}
+
+/// Says of which pods the network has been tampered with meanwhile: nobody waits for it,
+/// and one pod after the other, for each check is a run of every plugin.
+fn check_networks(shared: &Arc<Shared>, stored: &[Stored]) {
+    let ready = stored.iter().filter(|s| s.pod.state.phase == PodPhase::Ready);
+    let pods: Vec<(String, String)> = ready.map(|s| (s.pod.id.clone(), s.pod.name())).collect();
+    let shared = shared.clone();
+    tokio::spawn(async move {
+        for (id, name) in pods {
+            if let Err(e) = shared.network.check(&id).await {
+                tracing::warn!("the network of pod {name} ({id:.12}) is not as it was made: {e}");
+            }
+        }
+    });
 }
 
 async fn sweep_dir(dir: &Path, known: &BTreeSet<String>) -> Vec<Error> {

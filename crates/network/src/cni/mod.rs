@@ -198,7 +198,9 @@ impl Cni {
         if errors.is_empty() {
             return self.cache.remove(record);
         }
-        Error::join(&format!("interface {}", record.if_name), errors)
+        let path = self.cache.path(record);
+        let hint = || format!("it is tried again; without {} it is given up", path.display());
+        Error::join(&format!("interface {}", record.if_name), errors).map_err(|e| e.copy().hint(hint()))
     }
 
     fn unreadable(&self, record: &Record, e: Error) -> Error {
