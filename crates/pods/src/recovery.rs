@@ -322,8 +322,8 @@ async fn sweep(shared: &Arc<Shared>, stored: &[Stored], aside: &Aside) {
     }
 }
 
-/// Says of which pods the network has been tampered with meanwhile: nobody waits for it,
-/// and one pod after the other, for each check is a run of every plugin.
+/// Says of which pods the network has changed meanwhile, or can't be checked: nobody waits
+/// for it, and one pod after the other, for each check is a run of every plugin.
 fn check_networks(shared: &Arc<Shared>, stored: &[Stored]) {
     let ready = stored.iter().filter(|s| s.pod.state.phase == PodPhase::Ready);
     let pods: Vec<(String, String)> = ready.map(|s| (s.pod.id.clone(), s.pod.name())).collect();
@@ -331,7 +331,7 @@ fn check_networks(shared: &Arc<Shared>, stored: &[Stored]) {
     tokio::spawn(async move {
         for (id, name) in pods {
             if let Err(e) = shared.network.check(&id).await {
-                tracing::warn!("the network of pod {name} ({id:.12}) is not as it was made: {e}");
+                tracing::warn!("pod {name} ({id:.12}), whether its network is as it was made: {e}");
             }
         }
     });
