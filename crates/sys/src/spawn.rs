@@ -26,6 +26,31 @@ pub const FIRST: i32 = 3;
 /// # Errors
 /// Those of fork and exec; `InvalidInput` where a text contains a NUL byte.
 pub fn spawn(program: &Path, args: &[OsString], env: &[(&str, &str)], fds: &[BorrowedFd<'_>]) -> io::Result<i32> {
+    start(program, args, env, fds, &Surroundings::default())
+}
+
+/// What a program finds around it, where that is not what [`spawn`] gives it.
+#[derive(Debug, Default)]
+pub struct Surroundings<'a> {
+    /// Descriptors 0, 1 and 2; /dev/null where there is none.
+    pub stdio: [Option<BorrowedFd<'a>>; 3],
+    /// Its working directory; ours where there is none.
+    pub directory: Option<&'a Path>,
+    /// It leads a process group of its own.
+    pub own_group: bool,
+}
+
+/// [`spawn`], with more said about the surroundings.
+///
+/// # Errors
+/// Those of [`spawn`], and of a working directory that can't be entered.
+pub fn start(
+    program: &Path,
+    args: &[OsString],
+    env: &[(&str, &str)],
+    fds: &[BorrowedFd<'_>],
+    around: &Surroundings<'_>,
+) -> io::Result<i32> {
     let path = CString::new(program.as_os_str().as_bytes())?;
     let args = std::iter::once(program.as_os_str())
         .chain(args.iter().map(OsString::as_os_str))
@@ -36,15 +61,29 @@ pub fn spawn(program: &Path, args: &[OsString], env: &[(&str, &str)], fds: &[Bor
     let count = c_int::try_from(fds.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let sources =
         fds.iter().map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, FIRST + count)).collect::<Result<Vec<_>, _>>()?;
+    let stdio = around
+        .stdio
+        .iter()
+        .map(|fd| fd.map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, FIRST + count)).transpose())
+        .collect::<Result<Vec<_>, _>>()?;
+    let directory = around.directory.map(|d| CString::new(d.as_os_str().as_bytes())).transpose()?;
     crate::process::inherit_nothing();
     let mut space = MaybeUninit::uninit();
     let actions = Actions::new(&mut space)?;
     actions.null_streams()?;
+    for (source, target) in stdio.iter().zip(0..) {
+        if let Some(source) = source {
+            actions.dup(source.as_raw_fd(), target)?;
+        }
+    }
+    if let Some(directory) = &directory {
+        actions.enter(directory)?;
+    }
     for (source, target) in sources.iter().zip(FIRST..) {
         actions.dup(source.as_raw_fd(), target)?;
     }
     let mut space = MaybeUninit::uninit();
-    let attributes = Attributes::new(&mut space)?;
+    let attributes = Attributes::new(&mut space, around.own_group)?;
     let (argv, envp) = (pointers(&args), pointers(&env));
     let mut pid = 0;
     // SAFETY: both arrays end in null and point into `args` and `env`, which
@@ -87,6 +126,13 @@ impl<'a> Actions<'a> {
         self.dup(0, 2)
     }
 
+    fn enter(&self, directory: &CString) -> io::Result<()> {
+        // SAFETY: initialised by `new`; the path is copied by the call.
+        check(unsafe {
+            libc::posix_spawn_file_actions_addchdir_np(std::ptr::from_ref(self.0).cast_mut(), directory.as_ptr())
+        })
+    }
+
     fn dup(&self, source: c_int, target: c_int) -> io::Result<()> {
         // SAFETY: initialised by `new`; numbers alone are recorded.
         check(unsafe { libc::posix_spawn_file_actions_adddup2(std::ptr::from_ref(self.0).cast_mut(), source, target) })
@@ -104,14 +150,18 @@ impl Drop for Actions<'_> {
 struct Attributes<'a>(&'a mut libc::posix_spawnattr_t);
 
 impl<'a> Attributes<'a> {
-    fn new(space: &'a mut MaybeUninit<libc::posix_spawnattr_t>) -> io::Result<Self> {
+    fn new(space: &'a mut MaybeUninit<libc::posix_spawnattr_t>, own_group: bool) -> io::Result<Self> {
         // SAFETY: the pointer is valid for writes; the value is used only if it
         // was initialised.
         let new = unsafe {
             check(libc::posix_spawnattr_init(space.as_mut_ptr()))?;
             Self(space.assume_init_mut())
         };
-        let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
+        let mut flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
+        if own_group {
+            // The group's number is its own, which is what it is initialised to ask for.
+            flags |= libc::POSIX_SPAWN_SETPGROUP;
+        }
         // SAFETY: the attributes were initialised above, the set is by
         // sigemptyset before it is read.
         unsafe {
@@ -192,6 +242,23 @@ mod tests {
         let script = "echo hello >&4; read line <&3; test \"$line\" = hello";
         let pid = spawn(Path::new("/bin/sh"), &["-c".into(), script.into()], &[], &[r.as_fd(), w.as_fd()]).unwrap();
         assert_eq!(wait(pid), types::ExitStatus::Code(0));
+    }
+
+    #[test]
+    fn surroundings_are_as_they_were_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = std::fs::File::create(dir.path().join("out")).unwrap();
+        let around =
+            Surroundings { stdio: [None, Some(out.as_fd()), None], directory: Some(dir.path()), own_group: true };
+        // Own pid, group: fields 1 and 5 of stat.
+        let script = "read -r stat </proc/self/stat; echo \"$PWD\"; echo \"$stat\" >&1; echo error >&2";
+        let pid = start(Path::new("/bin/sh"), &["-c".into(), script.into()], &[], &[], &around).unwrap();
+        assert_eq!(wait(pid), types::ExitStatus::Code(0));
+        let text = std::fs::read_to_string(dir.path().join("out")).unwrap();
+        let (pwd, stat) = text.trim().split_once('\n').unwrap();
+        assert_eq!(Path::new(pwd), dir.path().canonicalize().unwrap());
+        let fields: Vec<&str> = stat.split(' ').collect();
+        assert_eq!((fields[0], fields[4]), (pid.to_string().as_str(), pid.to_string().as_str()), "{stat}");
     }
 
     #[test]
