@@ -23,6 +23,7 @@ pub mod oom;
 pub use children::{Call, Child, Children, Claim, Status};
 pub use command::{Command, Config};
 pub use detect::{Found, detect, find_binary};
+pub use message::{kind as kind_of, last_error};
 
 use async_trait::async_trait;
 use std::os::fd::OwnedFd;

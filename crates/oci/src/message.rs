@@ -8,7 +8,7 @@ use types::ErrorKind;
 
 /// The message of the last error in a `--log-format json` file, or the last
 /// line of plain text, with Go's leading `level=error` dress taken off.
-pub(crate) fn last_error(log: &str) -> Option<String> {
+pub fn last_error(log: &str) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct Line {
         #[serde(default)]
@@ -37,7 +37,7 @@ pub(crate) fn criu_error(log: &str) -> Option<String> {
 }
 
 /// The kind behind a message of runc, crun or youki.
-pub(crate) fn kind(message: &str) -> ErrorKind {
+pub fn kind(message: &str) -> ErrorKind {
     const TABLE: [(&[&str], ErrorKind); 5] = [
         (
             &["does not exist", "process already finished", "no such process", "os: process not initialized"],

@@ -1,6 +1,6 @@
 //! How to reach a shim: what its `start` answered, kept in the bundle.
 
-use super::bundle::write_atomic;
+use crate::bundle::write_atomic;
 use prost::Message;
 use proto::containerd::runtime::bootstrap::v1::BootstrapResult;
 use serde::{Deserialize, Serialize};

@@ -2,11 +2,11 @@
 
 use super::Inner;
 use super::bootstrap::Bootstrap;
-use super::bundle::{self, blocking};
 use super::config::Handler;
 use super::pod::Pod;
 use super::task::{self, Task};
 use crate::api::SandboxKind;
+use crate::bundle::{self, blocking};
 use proto::containerd::task::v3::DeleteResponse;
 use std::sync::Arc;
 use tokio::task::JoinSet;
@@ -33,7 +33,7 @@ pub(super) async fn bury(inner: &Arc<Inner>, pod: &Arc<Pod>, bootstrap: &Bootstr
 /// `bound` each. True where there were any. Our own shim knows of its own.
 pub(super) async fn created(id: &str, bound: std::time::Duration) -> bool {
     let container = id.to_string();
-    let calls = blocking(move || Ok(super::holders::creators(&container))).await.unwrap_or_default();
+    let calls = blocking(move || Ok(crate::holders::creators(&container))).await.unwrap_or_default();
     let any = !calls.is_empty();
     for call in calls {
         call.gone(bound).await;
@@ -90,7 +90,7 @@ impl Inner {
                 return Ok(ours);
             }
             if foreign {
-                super::cgroup::scrub(&dir);
+                crate::cgroup::scrub(&dir);
             }
             if let Err(e) = bundle::unmount_rootfs(&dir) {
                 tracing::warn!(error = %e, "a dead container's rootfs stays mounted");

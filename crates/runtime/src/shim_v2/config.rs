@@ -1,7 +1,7 @@
 //! What the manager is told, and how long it waits for what.
 
-use super::bundle::write_atomic;
 use crate::api::SandboxKind;
+use crate::bundle::write_atomic;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -1,7 +1,6 @@
 //! A container's task is made: bundle, streams, Create; all of it or nothing.
 
 use super::Inner;
-use super::bundle::{self, blocking};
 use super::config::{Handler, TaskOptions};
 use super::foreign::{Logger, fifos};
 use super::pod::{Phase, Pod};
@@ -9,6 +8,7 @@ use super::rpc::call;
 use super::shim::Shim;
 use super::task::Task;
 use crate::api::{PodSpec, RootfsMount, TaskIo, TaskSpec};
+use crate::bundle::{self, blocking};
 use proto::containerd::runc::v1::Options;
 use proto::containerd::task::v3 as wire;
 use proto::containerd::types::Mount;

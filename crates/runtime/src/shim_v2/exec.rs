@@ -12,13 +12,13 @@
 //! the exec: what a dead daemon left is found by it and killed.
 
 use super::Inner;
-use super::bundle::{self, blocking};
-use super::holders::{self, Node};
 use super::pod::Pod;
 use super::rpc::{Fault, call};
 use super::shim::Shim;
 use super::task::{PROCESS_URL, kill};
 use crate::api::{ExecOutput, ExecSyncSpec};
+use crate::bundle::{self, blocking};
+use crate::holders::{self, Node};
 use bytes::Bytes;
 use proto::containerd::task::v3 as wire;
 use std::collections::HashSet;

@@ -5,8 +5,8 @@
 //! holds both of their ends until its copy ends, so a restart of the daemon is
 //! no hang-up; what to log where is kept in the bundle's io.json.
 
-use super::bundle::{make_fifo, write_atomic};
 use crate::api::TaskIo;
+use crate::bundle::{make_fifo, write_atomic};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};

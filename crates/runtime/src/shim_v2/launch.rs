@@ -152,7 +152,7 @@ fn tail(said: &[u8]) -> String {
 /// while the shim may still open it.
 pub(crate) fn open_log(bundle: &Path) -> Result<pipe::Receiver> {
     let path = bundle.join("log");
-    super::bundle::make_fifo(&path)?;
+    crate::bundle::make_fifo(&path)?;
     pipe::OpenOptions::new()
         .read_write(true)
         .open_receiver(&path)

@@ -18,18 +18,14 @@
 //! else watches. On-disk layout: `bundle.rs`.
 
 mod bootstrap;
-mod bundle;
 mod bury;
-mod cgroup;
 mod config;
 mod connection;
 mod create;
 mod events;
 mod exec;
 mod foreign;
-mod holders;
 mod launch;
-mod ops;
 mod pod;
 mod recover;
 mod rpc;
@@ -45,10 +41,11 @@ pub use events::publish;
 use crate::api::{
     ExecOutput, ExecSyncSpec, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec, TaskState,
 };
+use crate::bundle::{self, Layout};
+use crate::cgroup;
+use crate::ops::Ops;
 use async_trait::async_trait;
-use bundle::Layout;
 use launch::Binary;
-use ops::Ops;
 use pod::Pod;
 use std::collections::HashMap;
 use std::path::PathBuf;

@@ -4,12 +4,12 @@
 //! bounds; what fails is that pod's result alone.
 
 use super::Inner;
-use super::bundle::{self, blocking};
 use super::config::Timeouts;
 use super::pod::Pod;
 use super::shim::Shim;
 use super::task::Task;
 use crate::api::{PodProcess, RecoverPod, RecoveredPod, TaskState};
+use crate::bundle::{self, blocking};
 use std::collections::HashSet;
 use std::sync::Arc;
 use tokio::task::JoinSet;

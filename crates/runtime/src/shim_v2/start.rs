@@ -2,10 +2,10 @@
 
 use super::Inner;
 use super::bootstrap::Bootstrap;
-use super::bundle::{self, blocking};
 use super::launch;
 use super::shim::Shim;
 use crate::api::PodSpec;
+use crate::bundle::{self, blocking};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,7 +63,7 @@ pub(super) async fn launch_pod(inner: &Arc<Inner>, spec: &PodSpec) -> Result<(Sh
             if !inner.cgroups.is_empty() {
                 let (inner, pid) = (inner.clone(), shim.pid);
                 // Not awaited: moving a process waits for an RCU grace period.
-                tokio::task::spawn_blocking(move || super::cgroup::place(&inner.cgroups, pid));
+                tokio::task::spawn_blocking(move || crate::cgroup::place(&inner.cgroups, pid));
             }
             Ok((shim, log))
         }
@@ -97,7 +97,7 @@ async fn undo_launch(inner: &Arc<Inner>, pod: &str, dir: &Path) -> Option<Error>
 /// Kills shims that can't be reached.
 pub(super) async fn kill_strays(bundle: &Path, pod: &str) {
     let (dir, pod) = (bundle.to_path_buf(), pod.to_string());
-    let found = blocking(move || Ok(super::holders::shims_in(&dir, &pod))).await.unwrap_or_default();
+    let found = blocking(move || Ok(crate::holders::shims_in(&dir, &pod))).await.unwrap_or_default();
     for process in found {
         tracing::warn!(pid = process.pid, bundle = %bundle.display(), "kills a shim that can't be reached");
         process.kill();

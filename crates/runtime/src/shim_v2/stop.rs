@@ -2,13 +2,13 @@
 //! to the end whatever fails.
 
 use super::Inner;
-use super::bundle::{self, blocking};
 use super::pod::{Phase, Pod, Turn};
 use super::rpc::{Fault, call};
 use super::shim::Shim;
 use super::start::{AFTER_KILL, kill_strays, load};
 use super::task::Task;
 use crate::api::SandboxKind;
+use crate::bundle::{self, blocking};
 use proto::containerd::task::v3::ShutdownRequest;
 use std::sync::Arc;
 use tokio::task::JoinSet;

@@ -1,13 +1,13 @@
 //! A container's task: started, awaited, killed, asked, deleted.
 
 use super::Inner;
-use super::bundle::{self, blocking};
 use super::bury::created;
 use super::foreign::Logger;
 use super::pod::Pod;
 use super::rpc::{Fault, call};
 use super::shim::Shim;
 use crate::api::{RuntimeEvent, TaskState};
+use crate::bundle::{self, blocking};
 use proto::containerd::task::v3 as wire;
 use proto::containerd::v1::types::Status;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -258,7 +258,7 @@ impl Inner {
                     let dir = self.layout.task(&pod.id, id);
                     if !shim.own() {
                         let _ = blocking(move || {
-                            super::cgroup::scrub(&dir);
+                            crate::cgroup::scrub(&dir);
                             Ok(())
                         })
                         .await;

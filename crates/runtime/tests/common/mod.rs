@@ -4,6 +4,8 @@
 //! cgroups, also when a test has panicked.
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its part; a failure has to stop the test")]
 
+pub mod monitored;
+
 use longshore_runtime::shim_v2::{Handler, ShimConfig, ShimManager, TaskOptions, Timeouts};
 use longshore_runtime::{ExecSyncSpec, PodSpec, RootfsMount, Runtime, RuntimeEvent, TaskIo, TaskSpec};
 use std::collections::BTreeMap;
@@ -265,7 +267,7 @@ impl Drop for Node {
     }
 }
 
-fn remove_cgroups(dir: &Path) {
+pub(crate) fn remove_cgroups(dir: &Path) {
     for below in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         if below.file_type().is_ok_and(|t| t.is_dir()) {
             remove_cgroups(&below.path());

@@ -1,4 +1,4 @@
-//! Shims live in a cgroup of the runtime's own, never in the pod's: the pod's
+//! Shims and monitors live in a cgroup of the runtime's own, never in the pod's: the pod's
 //! figures are the pod's (DESIGN.md, "Cgroups").
 
 use std::fs;
@@ -14,7 +14,7 @@ pub(crate) fn prepare(cgroup: &str) -> Vec<PathBuf> {
     let mounts = match fs::read_to_string("/proc/self/mounts") {
         Ok(m) => m,
         Err(e) => {
-            tracing::warn!(error = %e, "/proc/self/mounts can't be read: shims stay in the daemon's cgroup");
+            tracing::warn!(error = %e, "/proc/self/mounts can't be read: nobody is moved out of the daemon's cgroup");
             return Vec::new();
         }
     };
@@ -23,7 +23,7 @@ pub(crate) fn prepare(cgroup: &str) -> Vec<PathBuf> {
         .filter_map(|root| match make(&root, cgroup) {
             Ok(dir) => Some(dir),
             Err(e) => {
-                tracing::warn!(hierarchy = %root.display(), cgroup, error = %e, "the shims' cgroup can't be made");
+                tracing::warn!(hierarchy = %root.display(), cgroup, error = %e, "a cgroup can't be made");
                 None
             }
         })
@@ -36,7 +36,7 @@ pub(crate) fn place(dirs: &[PathBuf], pid: u32) {
         if let Err(e) = fs::write(dir.join("cgroup.procs"), pid.to_string()) {
             // ESRCH: it died; whoever watches it says so.
             if e.raw_os_error() != Some(rustix::io::Errno::SRCH.raw_os_error()) {
-                tracing::warn!(pid, cgroup = %dir.display(), error = %e, "a shim stays in the daemon's cgroup");
+                tracing::warn!(pid, cgroup = %dir.display(), error = %e, "it stays in the daemon's cgroup");
             }
         }
     }
@@ -83,6 +83,30 @@ pub(crate) fn scrub(bundle: &Path) {
             std::thread::sleep(SCRUB_PAUSE);
         }
     }
+}
+
+/// Removes `cgroup` itself from every hierarchy. False where some of it stays: the
+/// kernel refuses while a process is in it.
+pub(crate) fn remove(cgroup: &str) -> bool {
+    let Ok(mounts) = fs::read_to_string("/proc/self/mounts") else { return false };
+    let inside = Path::new(cgroup.trim_start_matches('/'));
+    let gone = |root: PathBuf| match fs::remove_dir(root.join(inside)) {
+        Ok(()) => true,
+        Err(e) => e.kind() == std::io::ErrorKind::NotFound,
+    };
+    // In each of them, whatever the others say.
+    hierarchies(&mounts).into_iter().map(gone).filter(|gone| !gone).count() == 0
+}
+
+/// The names of the cgroups directly below `cgroup`, in whichever hierarchy.
+pub(crate) fn below(cgroup: &str) -> std::collections::BTreeSet<String> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let inside = Path::new(cgroup.trim_start_matches('/'));
+    let dirs = hierarchies(&mounts).into_iter().flat_map(|root| fs::read_dir(root.join(inside)).into_iter().flatten());
+    dirs.flatten()
+        .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+        .filter_map(|e| e.file_name().into_string().ok())
+        .collect()
 }
 
 fn hierarchies(mounts: &str) -> Vec<PathBuf> {

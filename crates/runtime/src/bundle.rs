@@ -130,10 +130,15 @@ pub(crate) fn make_fifo(path: &Path) -> Result<()> {
     }
 }
 
+/// The directories of a pod that has no process of its own.
+pub(crate) fn make_plain_pod(dir: &Path, gid: Option<u32>) -> Result<()> {
+    closed_dir(dir, gid)?;
+    closed_dir(&dir.join("tasks"), gid)
+}
+
 /// Makes the pod's bundle.
 pub(crate) fn make_pod(dir: &Path, spec: &PodSpec) -> Result<()> {
-    closed_dir(dir, spec.bundle_gid)?;
-    closed_dir(&dir.join("tasks"), spec.bundle_gid)?;
+    make_plain_pod(dir, spec.bundle_gid)?;
     let config = serde_json::json!({ "ociVersion": "1.0.2", "annotations": spec.annotations });
     write_atomic(&dir.join("config.json"), config.to_string().as_bytes())?;
     make_fifo(&dir.join("log"))
