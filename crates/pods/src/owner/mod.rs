@@ -343,23 +343,27 @@ impl Owner {
     /// Puts a container into another state: for readers at once, for the database
     /// in order; `then` runs once it is stored.
     fn set_container(&mut self, id: &str, next: ContainerInfo, then: impl FnOnce(Result<()>) + Send + 'static) {
-        match serde_json::to_string(&next.record) {
-            Ok(json) => self.shared.journal.submit(Write::ContainerState(id.to_string(), json), then),
-            Err(e) => then(Err(types::Error::internal(format!("encode container {id}")).because(e))),
-        }
+        let json = serde_json::to_string(&next.record);
         if let Some(slot) = self.slots.get_mut(id) {
             slot.info = Arc::new(next);
         }
+        // First: whoever is answered by `then` may look at once.
         self.publish();
+        match json {
+            Ok(json) => self.shared.journal.submit(Write::ContainerState(id.to_string(), json), then),
+            Err(e) => then(Err(types::Error::internal(format!("encode container {id}")).because(e))),
+        }
     }
 
     fn set_pod(&mut self, next: PodInfo, then: impl FnOnce(Result<()>) + Send + 'static) {
-        match serde_json::to_string(&next.state) {
-            Ok(json) => self.shared.journal.submit(Write::PodState(next.id.clone(), json), then),
-            Err(e) => then(Err(types::Error::internal(format!("encode pod {}", next.id)).because(e))),
-        }
+        let json = serde_json::to_string(&next.state);
         self.pod = Arc::new(next);
         self.publish();
+        let id = &self.pod.id;
+        match json {
+            Ok(json) => self.shared.journal.submit(Write::PodState(id.clone(), json), then),
+            Err(e) => then(Err(types::Error::internal(format!("encode pod {id}")).because(e))),
+        }
     }
 }
 
