@@ -27,10 +27,16 @@ build: deps
 demo: build
 	scripts/demo.sh $(BIN)
 
+# Once more with a monitor per container: Debian's conmon, and ours.
+MONITORED := --test lifecycle --test exec_sync --test recovery
+
 test: deps-test build
 	LONGSHORE_BIN_DIR=$(BIN) $(CARGO) test --workspace
 	LONGSHORE_BIN_DIR=$(BIN) LONGSHORE_TEST_HANDLER=go-shim $(CARGO) test -p longshore-tests \
 	  --test lifecycle --test recovery --test exec_sync
+	LONGSHORE_BIN_DIR=$(BIN) LONGSHORE_TEST_HANDLER=conmon $(CARGO) test -p longshore-tests $(MONITORED)
+	LONGSHORE_BIN_DIR=$(BIN) LONGSHORE_TEST_HANDLER=longshore-conmon $(CARGO) test -p longshore-tests $(MONITORED)
+	LONGSHORE_TEST_CONMON=$(BIN)/longshore-conmon $(CARGO) test -p longshore-runtime --test conmon --test conmon_exec
 
 check: deps
 	$(CARGO) fmt --all -- --check

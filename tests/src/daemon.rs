@@ -162,6 +162,11 @@ impl Daemon {
         self.root.join("state")
     }
 
+    /// Where the bundles of pods are.
+    pub fn bundles(&self) -> PathBuf {
+        self.state().join(if handler().monitored() { "conmon/bundles" } else { "bundles" })
+    }
+
     /// Its directory as a whole.
     pub fn dir(&self) -> &Path {
         self.root.path()
@@ -220,7 +225,7 @@ impl Daemon {
     /// Notes the pods of which anything lies in the state directory.
     fn see_pods(&self) -> BTreeSet<String> {
         let mut seen = self.seen.lock().unwrap();
-        for dir in ["ns", "bundles"] {
+        for dir in ["ns", "bundles", "conmon/bundles"] {
             let Ok(entries) = std::fs::read_dir(self.state().join(dir)) else { continue };
             seen.extend(entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()));
         }
@@ -259,9 +264,14 @@ impl Daemon {
         child.wait().unwrap()
     }
 
-    /// The pids of the shims that it started, by their command lines: they are
-    /// nobody's children but PID 1's.
+    /// The pids of the shims, or monitors, that it started: they are nobody's
+    /// children but PID 1's.
     pub fn shims(&self) -> Vec<u32> {
+        self.runs(if handler().monitored() { "conmon" } else { "containerd-shim-" })
+    }
+
+    /// The processes in its directory whose binary has `name` in its path.
+    pub fn runs(&self, name: &str) -> Vec<u32> {
         let own = self.dir().to_string_lossy().into_owned();
         processes()
             .into_iter()
@@ -270,7 +280,7 @@ impl Daemon {
                 let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
                 // What only starts one, or cleans up after one, is none.
                 let line = crate::node::command_line(*pid);
-                exe.to_string_lossy().contains("containerd-shim-")
+                exe.to_string_lossy().contains(name)
                     && cwd.to_string_lossy().contains(&own)
                     && ![" start", " delete"].iter().any(|action| line.ends_with(action))
             })
@@ -291,7 +301,7 @@ impl Daemon {
         let ended = self.child.as_mut().is_none_or(|c| c.try_wait().is_ok_and(|s| s.is_some()));
         if ended {
             let idle = |dir: &str| std::fs::read_dir(self.state().join(dir)).map_or(0, Iterator::count) == 0;
-            if idle("bundles") && idle("ns") {
+            if idle("bundles") && idle("conmon/bundles") && idle("ns") {
                 return Vec::new();
             }
             self.spawn();

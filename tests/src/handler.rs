@@ -8,14 +8,21 @@ pub enum Handler {
     Ours,
     /// Go's `containerd-shim-runc-v2` from PATH (Debian's package containerd).
     GoShim,
+    /// The original conmon from PATH (Debian's package conmon).
+    Conmon,
+    /// `longshore-conmon`.
+    OurConmon,
 }
 
-/// As `LONGSHORE_TEST_HANDLER` says: `ours` (the default) or `go-shim`.
+/// As `LONGSHORE_TEST_HANDLER` says: `ours` (the default), `go-shim`, `conmon` or
+/// `longshore-conmon`.
 pub fn handler() -> Handler {
     match std::env::var("LONGSHORE_TEST_HANDLER").as_deref() {
         Err(_) | Ok("" | "ours") => Handler::Ours,
         Ok("go-shim") => Handler::GoShim,
-        Ok(other) => panic!("LONGSHORE_TEST_HANDLER={other}: there are ours and go-shim"),
+        Ok("conmon") => Handler::Conmon,
+        Ok("longshore-conmon") => Handler::OurConmon,
+        Ok(other) => panic!("LONGSHORE_TEST_HANDLER={other}: there are ours, go-shim, conmon and longshore-conmon"),
     }
 }
 
@@ -25,6 +32,7 @@ impl Handler {
         match self {
             Self::Ours => "runc",
             Self::GoShim => "go-shim",
+            Self::Conmon | Self::OurConmon => "conmon",
         }
     }
 
@@ -32,8 +40,16 @@ impl Handler {
     pub fn config(self) -> &'static str {
         match self {
             Self::Ours => "",
+            Self::Conmon => "[runtime]\nhandler = \"conmon\"\n[runtimes.conmon]\nmonitor = \"/usr/bin/conmon\"\n",
+            // Beside the daemon's own binary.
+            Self::OurConmon => "[runtime]\nhandler = \"conmon\"\n[runtimes.conmon]\nmonitor = \"longshore-conmon\"\n",
             Self::GoShim => "[runtime]\nhandler = \"go-shim\"\n[runtimes.go-shim]\nshim = \"io.containerd.runc.v2\"\n",
         }
+    }
+
+    /// True where containers have a monitor each and pods no shim.
+    pub fn monitored(self) -> bool {
+        matches!(self, Self::Conmon | Self::OurConmon)
     }
 }
 
@@ -42,6 +58,15 @@ pub fn not_with(other: Handler, why: &str) -> bool {
     let skipped = handler() == other;
     if skipped {
         println!("not with {other:?}: {why}");
+    }
+    skipped
+}
+
+/// True where the suite runs with monitors, of which a case can't be asked; says so.
+pub fn not_with_monitors(why: &str) -> bool {
+    let skipped = handler().monitored();
+    if skipped {
+        println!("not with {:?}: {why}", handler());
     }
     skipped
 }

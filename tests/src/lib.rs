@@ -13,7 +13,7 @@ mod node;
 
 pub use client::{Cri, container, pod};
 pub use daemon::{Daemon, bin_dir, busybox, signal};
-pub use handler::{Handler, handler, not_with};
+pub use handler::{Handler, handler, not_with, not_with_monitors};
 pub use net::NodeNet;
 pub use node::{
     Footprint, Leftovers, children, command_line, in_pid_namespace, namespace, netns, open_fds, own_memory_kib,

@@ -173,6 +173,8 @@ impl Footprint {
         let mut files = BTreeSet::new();
         for (sub, depth) in [
             ("state/bundles", 2),
+            ("state/conmon/bundles", 2),
+            ("state/conmon/exits", 1),
             ("state/ns", 2),
             ("state/pods", 1),
             ("state/stdin", 1),

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, Handler, busybox, children, command_line, container, handler, in_pid_namespace, namespace, signal,
-    wait_for,
+    Cri, Daemon, Handler, busybox, children, command_line, container, handler, in_pid_namespace, namespace, not_with,
+    not_with_monitors, signal, wait_for,
 };
 use proto::cri::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -164,6 +164,9 @@ async fn execs_end_with_their_container_under_load() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_shim_serves_a_pod_for_life_and_its_death_is_survived() {
+    if not_with_monitors("a pod has no shim") {
+        return;
+    }
     let (daemon, cri) = start("").await;
     let config = daemon.pod("life");
     let pod = cri.run_pod(&config).await.unwrap();
@@ -359,6 +362,10 @@ async fn a_shared_pid_namespace_has_an_init_that_reaps_and_must_live() {
 #[tokio::test(flavor = "multi_thread")]
 async fn rotating_a_log_loses_no_line() {
     const LINES: usize = 60_000;
+    // Once in a few runs on a busy node; what it has logged is then gone for good.
+    if not_with(Handler::Conmon, "it can lose the first piece of a split line while its log is opened anew") {
+        return;
+    }
     let (daemon, cri) = start("").await;
     let mut config = daemon.pod("log");
     let dir = daemon.dir().join("pod-logs");
@@ -389,10 +396,17 @@ async fn rotating_a_log_loses_no_line() {
     assert_eq!(reopen().await.unwrap_err().code(), Code::FailedPrecondition);
     files.push(log);
     let text: String = files.iter().filter_map(|f| std::fs::read_to_string(f).ok()).collect();
-    let (mut next, mut ends) = (1, 0);
+    let (mut next, mut ends, mut piece) = (1, 0, String::new());
     for line in text.lines() {
         let [time, stream, tag, rest] = line.splitn(4, ' ').collect::<Vec<_>>()[..] else { panic!("{line:?}") };
-        assert!(time.contains('T') && tag == "F", "{line}");
+        assert!(time.contains('T'), "{line}");
+        // A conmon logs what it has read, whole lines or not.
+        if tag == "P" && handler().monitored() {
+            piece.push_str(rest);
+            continue;
+        }
+        assert_eq!(tag, "F", "{line}");
+        let rest = std::mem::take(&mut piece) + rest;
         match stream {
             "stdout" => {
                 assert_eq!(rest, format!("line {next}"));

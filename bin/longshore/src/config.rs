@@ -63,8 +63,20 @@ pub struct RuntimeConfig {
     pub log_line_limit: u32,
     /// Seconds.
     pub step_timeout: u64,
+    /// How far a pod is trusted that doesn't say.
+    pub default_workload_trust: WorkloadTrust,
     /// Of what is asked of shims.
     pub timeouts: TimeoutsConfig,
+}
+
+/// How far a pod is trusted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WorkloadTrust {
+    /// As the node's own.
+    Trusted,
+    /// Not at all.
+    Untrusted,
 }
 
 /// `[runtimes.NAME]`.

@@ -1,12 +1,16 @@
 //! From the configuration to the handlers: which binaries each is, and what the node
 //! can do with it.
 
-use crate::config::{CgroupDriver, Config, HandlerConfig, OptionsConfig, OptionsKind, Seccomp, TimeoutsConfig};
+use crate::config::{
+    CgroupDriver, Config, HandlerConfig, OptionsConfig, OptionsKind, Seccomp, TimeoutsConfig, WorkloadTrust,
+};
 use crate::serve::find_binary;
 use anyhow::{Context, Result, bail};
 use cri::Condition;
 use pods::{Handler, Handlers};
+use runtime::conmon::Handler as MonitorHandler;
 use runtime::shim_v2::{Handler as ShimHandler, TaskOptions, Timeouts};
+use runtime::trust::Trust;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,6 +24,8 @@ pub struct Built {
     pub handlers: Handlers,
     /// Those that shims run; the default one first, if it is one of them.
     pub shims: Vec<ShimHandler>,
+    /// Those that monitors run; the default one first, if it is one of them.
+    pub monitors: Vec<MonitorHandler>,
     /// RuntimeReady: whether the default handler can run pods.
     pub ready: Condition,
     /// For Status, by handler.
@@ -30,6 +36,7 @@ pub struct Built {
 struct One {
     handler: Handler,
     shim: Option<ShimHandler>,
+    monitor: Option<MonitorHandler>,
     info: Value,
 }
 
@@ -53,6 +60,7 @@ pub async fn build(config: &Config) -> Result<Built> {
         }
     };
     let mut shims: Vec<ShimHandler> = default.shim.into_iter().collect();
+    let mut monitors: Vec<MonitorHandler> = default.monitor.into_iter().collect();
     let mut info = serde_json::Map::from_iter([(name.clone(), default.info)]);
     // The node's own condition says why, and pods are tried all the same.
     let default = Handler { broken: None, ..default.handler };
@@ -63,10 +71,16 @@ pub async fn build(config: &Config) -> Result<Built> {
             tracing::error!("the runtime handler {name:?} can't run pods: {why}");
         }
         shims.extend(made.shim);
+        monitors.extend(made.monitor);
         info.insert(name.clone(), made.info);
         others.push(made.handler);
     }
-    Ok(Built { handlers: Handlers::new(default, others), shims, ready, info: info.into() })
+    let trust = match config.runtime.default_workload_trust {
+        WorkloadTrust::Trusted => Trust::Trusted,
+        WorkloadTrust::Untrusted => Trust::Untrusted,
+    };
+    let handlers = Handlers::new(default, others).with_default_trust(trust);
+    Ok(Built { handlers, shims, monitors, ready, info: info.into() })
 }
 
 async fn one(config: &Config, name: &str, own: &HandlerConfig) -> Result<One> {
@@ -76,18 +90,28 @@ async fn one(config: &Config, name: &str, own: &HandlerConfig) -> Result<One> {
         bail!("runtimes.{name} sets both shim and monitor: one of them runs its containers");
     }
     let is_default = *name == config.runtime.handler;
+    let monitored = !own.monitor.is_empty();
     let mut broken = None;
-    let shim = match find_shim(config, own) {
-        Ok(shim) => shim,
+    let found = if monitored { find_monitor(&own.monitor) } else { find_shim(config, own) };
+    let runner = match found {
+        Ok(runner) => runner,
         Err(e) if is_default => return Err(e).with_context(at),
         Err(e) => {
             broken = Some(format!("{e:#}"));
-            PathBuf::from(&own.shim)
+            PathBuf::from(if monitored { &own.monitor } else { &own.shim })
         }
     };
-    let options = options(&shim, &own.options).with_context(|| format!("runtimes.{name}.options"))?;
+    // A monitor knows what runc's options say, by flags.
+    let options_for = if monitored { Path::new(OUR_SHIM) } else { &runner };
+    let options = options(options_for, &own.options).with_context(|| format!("runtimes.{name}.options"))?;
     let runs_oci = matches!(options, TaskOptions::Runc { .. });
-    let mut info = json!({ "shim": shim });
+    if monitored && own.sandbox != runtime::SandboxKind::Pinned {
+        bail!("runtimes.{name} sets sandbox: behind a monitor a pod has no process of its own");
+    }
+    if monitored && !runs_oci {
+        bail!("runtimes.{name}.options: a monitor takes no options but no_pivot_root and no_new_keyring");
+    }
+    let mut info = if monitored { json!({ "monitor": runner }) } else { json!({ "shim": runner }) };
     let (mut features, mut runtime_binary) = (None, PathBuf::new());
     if runs_oci {
         let wanted = [&own.binary, &config.runtime.binary].into_iter().find(|p| !p.as_os_str().is_empty());
@@ -107,25 +131,57 @@ async fn one(config: &Config, name: &str, own: &HandlerConfig) -> Result<One> {
         CgroupDriver::Cgroupfs => spec::CgroupDriver::Cgroupfs,
         CgroupDriver::Systemd => spec::CgroupDriver::Systemd,
     };
-    if !own.monitor.is_empty() {
-        broken = Some(format!("it asks for the monitor {:?}: this version has shims only", own.monitor));
-    }
     if let Some(why) = &broken {
         info["broken"] = json!(why);
     }
     let handler = Handler { name: name.to_string(), node, policy: policy(config, own), sandbox: own.sandbox, broken };
     let root = [&own.root, &config.runtime.root].into_iter().find(|p| !p.as_os_str().is_empty());
-    let shim = own.monitor.is_empty().then(|| ShimHandler {
-        name: name.to_string(),
-        shim,
+    let runtime_root = root.cloned().unwrap_or_else(|| config.state.join("oci"));
+    let systemd_cgroup = config.runtime.cgroup_driver == CgroupDriver::Systemd;
+    let (name, timeouts) = (name.to_string(), timeouts(config, &own.timeouts));
+    if monitored {
+        let monitor = MonitorHandler {
+            name,
+            monitor: runner,
+            runtime_binary,
+            runtime_root,
+            systemd_cgroup,
+            no_pivot_root: own.options.no_pivot_root,
+            no_new_keyring: own.options.no_new_keyring,
+            exec_by_log: false,
+            timeouts: runtime::conmon::Timeouts {
+                create: timeouts.create,
+                call: timeouts.call,
+                cleanup: timeouts.cleanup,
+            },
+        };
+        return Ok(One { handler, shim: None, monitor: Some(monitor), info });
+    }
+    let shim = ShimHandler {
+        name,
+        shim: runner,
         runtime_binary,
-        runtime_root: root.cloned().unwrap_or_else(|| config.state.join("oci")),
-        systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
+        runtime_root,
+        systemd_cgroup,
         options,
         sandbox: own.sandbox,
-        timeouts: timeouts(config, &own.timeouts),
-    });
-    Ok(One { handler, shim, info })
+        timeouts,
+    };
+    Ok(One { handler, shim: Some(shim), monitor: None, info })
+}
+
+/// A conmon: a path, or a name beside our own binary or on PATH.
+fn find_monitor(name: &str) -> Result<PathBuf> {
+    if !name.contains('/') {
+        let own = std::env::current_exe().context("find our own binary")?;
+        if let Some(beside) = own.parent().map(|d| d.join(name)).filter(|p| p.is_file()) {
+            return Ok(beside);
+        }
+    }
+    oci::find_binary(name).with_context(|| {
+        let hint = if name.contains('/') { "" } else { " on PATH" };
+        format!("the monitor {name:?} is no executable{hint}: install it, or name its path")
+    })
 }
 
 fn find_shim(config: &Config, own: &HandlerConfig) -> Result<PathBuf> {
@@ -265,7 +321,7 @@ mod tests {
              [runtimes.fast]\nroot = \"/run/fast\"\nannotations = [\"a/*\"]\ntimeouts = { call = 3 }\n\
              [runtimes.fast.options]\nkind = \"runc\"\n\
              [runtimes.vm]\nshim = \"io.containerd.nosuch.v2\"\n\
-             [runtimes.watched]\nmonitor = \"conmon\"\n",
+             [runtimes.watched]\nmonitor = \"true\"\n[runtimes.watched.options]\nno_new_keyring = true\n",
         );
         let built = build(&config).await.unwrap();
         let names: Vec<_> = built.handlers.iter().map(|h| h.name.as_str()).collect();
@@ -281,6 +337,13 @@ mod tests {
         let broken = |name: &str| built.handlers.find(name).unwrap().broken.clone().unwrap_or_default();
         assert!(broken("fast").contains("/no/such"), "{}", broken("fast"));
         assert!(broken("vm").contains("containerd-shim-nosuch-v2"), "{}", broken("vm"));
+        let watched = &built.monitors[0];
+        assert_eq!((watched.name.as_str(), watched.no_new_keyring), ("watched", true));
+        assert_eq!(
+            (watched.monitor.file_name().unwrap().to_str(), watched.timeouts.create.as_secs()),
+            (Some("true"), 28)
+        );
+        assert!(built.shims.iter().all(|h| h.name != "watched"));
         let policy = &built.handlers.find("fast").unwrap().policy;
         assert!(policy.annotations.iter().any(|a| a == "a/*"));
     }

@@ -9,6 +9,7 @@ use cri::{Cri, Node};
 use images::Images;
 use pods::{Pods, PodsConfig, Shared};
 use runtime::Runtimes;
+use runtime::conmon::{ConmonConfig, ConmonManager, Handler as MonitorHandler};
 use runtime::shim_v2::{Handler as ShimHandler, ShimConfig, ShimManager};
 use serde_json::json;
 use snapshots::{Overlay, Snapshotter};
@@ -79,8 +80,8 @@ async fn serve(config: Config) -> Result<()> {
 
     let built = handlers::build(&config).await?;
     let (events_tx, events) = tokio::sync::mpsc::unbounded_channel();
-    let shims = ShimManager::new(shim_config(&config, built.shims.clone()), events_tx).await?;
-    let runtime = Arc::new(Runtimes::new(shims.clone(), built.shims.iter().map(|h| h.name.clone())));
+    let shims = ShimManager::new(shim_config(&config, built.shims.clone()), events_tx.clone()).await?;
+    let runtime = Arc::new(backends(&config, &shims, &built, events_tx).await?);
 
     let shared = Shared {
         config: pods_config(&config)?,
@@ -192,6 +193,36 @@ fn images_config(config: &Config) -> images::ImagesConfig {
         max_downloads: config.images.max_downloads,
         pinned: config.images.pinned.clone(),
         ..images::ImagesConfig::new(config.root.join("images"))
+    }
+}
+
+/// The backends behind the handlers; the one that runs the default handler first.
+async fn backends(
+    config: &Config,
+    shims: &Arc<ShimManager>,
+    built: &handlers::Built,
+    events: tokio::sync::mpsc::UnboundedSender<runtime::RuntimeEvent>,
+) -> Result<Runtimes> {
+    let of_shims: Vec<String> = built.shims.iter().map(|h| h.name.clone()).collect();
+    // Containers of a handler that is gone are still to be ended.
+    if built.monitors.is_empty() && !config.state.join("conmon").exists() {
+        return Ok(Runtimes::new(shims.clone(), of_shims));
+    }
+    let of_monitors: Vec<String> = built.monitors.iter().map(|h| h.name.clone()).collect();
+    let monitors = ConmonManager::new(conmon_config(config, built.monitors.clone()), events).await?;
+    Ok(if of_monitors.contains(&config.runtime.handler) {
+        Runtimes::new(monitors, of_monitors).with(shims.clone(), of_shims)
+    } else {
+        Runtimes::new(shims.clone(), of_shims).with(monitors, of_monitors)
+    })
+}
+
+fn conmon_config(config: &Config, handlers: Vec<MonitorHandler>) -> ConmonConfig {
+    ConmonConfig {
+        handlers,
+        state: config.state.clone(),
+        namespace: NAMESPACE.to_string(),
+        monitor_cgroup: shim_cgroup(&config.runtime.shim_cgroup),
     }
 }
 

@@ -1,9 +1,14 @@
 //! The runtime handlers of this node: what each can do, and what the operator has
 //! chosen for its pods.
 
+use proto::cri::PodSandboxConfig;
 use runtime::SandboxKind;
+use runtime::trust::{self, Subject, Trust};
 use spec::{NodeFacts, NodePolicy};
 use types::{Error, Result};
+
+/// The annotation by which a pod says how far it is to be trusted.
+const TRUSTED_SANDBOX: &str = "io.kubernetes.cri-o.TrustedSandbox";
 
 /// One handler.
 #[derive(Debug, Clone)]
@@ -25,12 +30,42 @@ pub struct Handler {
 pub struct Handlers {
     default: Handler,
     others: Vec<Handler>,
+    default_trust: Trust,
 }
 
 impl Handlers {
     /// The default one and the others.
     pub fn new(default: Handler, others: Vec<Handler>) -> Self {
-        Self { default, others }
+        Self { default, others, default_trust: Trust::default() }
+    }
+
+    /// How far pods are trusted that don't say.
+    #[must_use]
+    pub fn with_default_trust(mut self, trust: Trust) -> Self {
+        self.default_trust = trust;
+        self
+    }
+
+    /// The name of the handler that a pod gets which asks for `asked`: where a handler
+    /// `trusted` is configured, pods that ask for none or for `untrusted` go by the
+    /// rules of trust (behaviours.md section 2).
+    pub fn choose<'a>(&self, asked: &'a str, config: &PodSandboxConfig) -> &'a str {
+        let has = |name: &str| self.iter().any(|h| h.name == name);
+        if !has(trust::TRUSTED) || !(asked.is_empty() || asked == trust::UNTRUSTED) {
+            return asked;
+        }
+        let linux = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+        let said = config.annotations.get(TRUSTED_SANDBOX).map(String::as_str);
+        let untrusted = asked == trust::UNTRUSTED || said == Some("false");
+        let subject = Subject {
+            privileged: linux.is_some_and(|s| s.privileged),
+            trust: if untrusted { Trust::Untrusted } else { Trust::Trusted },
+        };
+        let choice = trust::choose(subject, self.default_trust, has(trust::UNTRUSTED));
+        if let Some(warning) = choice.warning {
+            tracing::warn!("pod {}: {warning}", crate::state::pod_name(config));
+        }
+        choice.handler
     }
 
     /// That of pods which name none.
@@ -111,5 +146,35 @@ mod tests {
         // A pod that it has goes on as far as it can.
         assert_eq!(all.of_pod("crun").unwrap().name, "crun");
         assert!(all.of_pod("kata").unwrap_err().to_string().contains("no longer configured"));
+    }
+
+    #[test]
+    fn trust_chooses_between_two_handlers_where_they_are_configured() {
+        let one = |name: &str| Handler {
+            name: name.into(),
+            node: crate::facts::node_facts(None).unwrap(),
+            policy: NodePolicy::default(),
+            sandbox: SandboxKind::Pinned,
+            broken: None,
+        };
+        let pod = |annotation: Option<&str>, privileged: bool| PodSandboxConfig {
+            annotations: annotation.map(|a| (TRUSTED_SANDBOX.to_string(), a.to_string())).into_iter().collect(),
+            linux: Some(proto::cri::LinuxPodSandboxConfig {
+                security_context: Some(proto::cri::LinuxSandboxSecurityContext { privileged, ..Default::default() }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let plain = Handlers::new(one("runc"), vec![one("untrusted")]);
+        assert_eq!(plain.choose("", &pod(Some("false"), false)), "");
+        let both = Handlers::new(one("trusted"), vec![one("untrusted"), one("kata")]);
+        assert_eq!(both.choose("kata", &pod(Some("false"), false)), "kata");
+        assert_eq!(both.choose("", &pod(None, false)), "trusted");
+        assert_eq!(both.choose("", &pod(Some("false"), false)), "untrusted");
+        assert_eq!(both.choose("untrusted", &pod(None, false)), "untrusted");
+        assert_eq!(both.choose("untrusted", &pod(None, true)), "trusted");
+        let strict = both.with_default_trust(Trust::Untrusted);
+        assert_eq!(strict.choose("", &pod(None, false)), "untrusted");
+        assert_eq!(strict.choose("trusted", &pod(None, false)), "trusted");
     }
 }

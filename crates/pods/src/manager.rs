@@ -86,7 +86,8 @@ impl Pods {
     /// pod of that name, uid, namespace and attempt exists; else what failed.
     pub async fn run_pod(&self, config: PodSandboxConfig, handler: &str) -> Result<String> {
         let key = pod_key(&config)?;
-        let handler_of = self.shared.handlers.admit(handler)?;
+        let handlers = &self.shared.handlers;
+        let handler_of = handlers.admit(handlers.choose(handler, &config))?;
         let (runtime, pause) = (handler_of.name.clone(), handler_of.sandbox != SandboxKind::Pinned);
         let plan = sandbox::plan(&config, |id| self.target_pid(id)).map_err(|e| e.within(pod_name(&config)))?;
         let plan = NamespacePlan { pause, ..plan };

@@ -189,11 +189,11 @@ fn a_monitor_that_dies_is_an_error_with_all_that_is_known() {
         let exec = node.spawn(async move { m.exec_sync("p", "c", spec).await });
         let line = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let find = |part: &str| node.processes().into_iter().find(|p| line(p).contains(part));
-        eventually("it runs", || find("sleep\0326").is_some());
+        eventually("it runs", || find("sleep\x00326").is_some());
         common::kill_9(find("--exec-process-spec").unwrap());
         let e = node.run(exec).unwrap().unwrap_err();
         assert!(e.to_string().contains("killed by signal 9") && e.to_string().contains("said"), "{e}");
-        eventually("the command is gone", || find("sleep\0326").is_none());
+        eventually("the command is gone", || find("sleep\x00326").is_none());
         nothing_is_left(&node);
         node.end("p");
     });

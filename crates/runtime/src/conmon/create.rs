@@ -16,6 +16,7 @@ use super::stdin::Feed;
 use super::task::{Live, Pod, Task, forget_mounts};
 use crate::api::{PodSpec, TaskSpec};
 use crate::bundle::{self, blocking};
+use crate::cgroup;
 use oci::Runtime as _;
 use oci::cgroup::Cgroup;
 use std::path::{Path, PathBuf};
@@ -275,13 +276,13 @@ impl Inner {
     /// A runtime's create that was killed may have made the container's cgroup and not
     /// yet noted that there is a container: its delete then knows of nothing.
     async fn remove_stray_cgroup(&self, dir: &Path, id: &str) {
-        let (dir, id) = (dir.to_path_buf(), id.to_string());
-        let path = blocking(move || {
-            let config = std::fs::read_to_string(dir.join("config.json")).unwrap_or_default();
-            Ok(own_cgroup(&config, &id))
+        let d = dir.to_path_buf();
+        let scrubbed = blocking(move || {
+            cgroup::scrub(&d);
+            Ok(())
         });
-        if let Ok(Some(path)) = path.await {
-            monitor::remove_emptied(path).await;
+        if let Err(e) = scrubbed.await {
+            tracing::warn!(container = id, error = %e, "its cgroup may stay");
         }
     }
 
@@ -289,15 +290,6 @@ impl Inner {
     pub(super) fn handler_of(&self, dir: &Path) -> Option<Handler> {
         Record::load(dir).map(|r| r.handler).ok().or_else(|| self.cfg.handlers.first().cloned())
     }
-}
-
-/// The cgroup of this config.json, where it is a path that ends in the container's
-/// own id, and so is nobody else's.
-fn own_cgroup(config_json: &str, id: &str) -> Option<String> {
-    let config: serde_json::Value = serde_json::from_str(config_json).ok()?;
-    let path = config.pointer("/linux/cgroupsPath")?.as_str()?;
-    let own = path.starts_with('/') && path.rsplit('/').next() == Some(id) && !path.split('/').any(|p| p == "..");
-    own.then(|| path.to_string())
 }
 
 /// The error of a runtime call behind a monitor: the runtime's own last words where
@@ -323,16 +315,6 @@ mod tests {
         let e = runtime_error("create", "", Some("a\nno space left on device\n".into()));
         assert_eq!(e.kind(), ErrorKind::ResourceExhausted);
         assert!(runtime_error("create", "", None).to_string().contains("without a word"));
-    }
-
-    #[test]
-    fn only_a_cgroup_of_its_own_is_a_container_s_to_remove() {
-        let spec = |path: &str| format!(r#"{{"linux":{{"cgroupsPath":"{path}"}}}}"#);
-        assert_eq!(own_cgroup(&spec("/a/b/c1"), "c1").as_deref(), Some("/a/b/c1"));
-        for path in ["/a/b", "x.slice:longshore:c1", "/a/../c1", "c1", ""] {
-            assert_eq!(own_cgroup(&spec(path), "c1"), None, "{path}");
-        }
-        assert_eq!(own_cgroup("{", "c1"), None);
     }
 
     #[test]
