@@ -3,12 +3,13 @@
 
 mod harness;
 
-use harness::common::{Bundle, Shape};
-use harness::{CALL, Shim, code};
+use harness::common::{Bundle, Shape, sh};
+use harness::{CALL, Fifo, Shim, code};
 use proto::containerd::runc::v1::{CheckpointOptions, Options};
 use proto::containerd::task::v3 as task;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 fn installed(binary: &str) -> bool {
     ["/usr/bin", "/usr/local/bin", "/usr/sbin", "/usr/local/sbin"].iter().any(|d| Path::new(d).join(binary).exists())
@@ -97,4 +98,106 @@ async fn a_checkpoint_that_fails_harms_nobody() {
     shim.kill(&b, "", 9).await.unwrap();
     shim.wait(&b, "").await.unwrap();
     shim.delete(&b, "").await.unwrap();
+}
+
+/// A runtime that is runc, but runs what it shall restore from the beginning.
+fn restorer(dir: &Path) -> PathBuf {
+    let script = dir.join("restorer");
+    let text = format!(
+        r#"#!/bin/sh
+n=$#
+case " $* " in *" restore "*) echo "$@" >{} ;; esac
+while [ $n -gt 0 ]; do
+  a=$1; shift; n=$((n - 1))
+  case $a in
+    restore) set -- "$@" run ;;
+    --image-path | --work-path) shift; n=$((n - 1)) ;;
+    *) set -- "$@" "$a" ;;
+  esac
+done
+exec runc "$@"
+"#,
+        dir.join("arguments").display()
+    );
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    script
+}
+
+fn from_checkpoint(b: &Bundle, binary: &Path, checkpoint: &Path, stdout: &str) -> task::CreateTaskRequest {
+    let options = Options {
+        root: b.runtime_root().display().to_string(),
+        binary_name: binary.display().to_string(),
+        ..Default::default()
+    };
+    task::CreateTaskRequest {
+        id: b.id.clone(),
+        bundle: b.path().display().to_string(),
+        stdout: stdout.into(),
+        checkpoint: checkpoint.display().to_string(),
+        options: Some(proto::pack("containerd.runc.v1.Options", &options)),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_container_from_a_checkpoint_runs_from_start_on() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape { args: sh("echo restored; sleep 0.2; exit 6"), ..Shape::default() });
+    let binary = restorer(b.path());
+    let nowhere = from_checkpoint(&b, &binary, &b.path().join("nowhere"), "");
+    let e = shim.task.create(CALL, nowhere).await.unwrap_err();
+    assert_eq!(code(&e), ttrpc::Code::INVALID_ARGUMENT, "{e}");
+    let image = b.path().join("image");
+    std::fs::create_dir(&image).unwrap();
+    let create = |stdout: &str| shim.task.create(CALL, from_checkpoint(&b, &binary, &image, stdout));
+    if !installed("criu") {
+        let e = create("").await.unwrap_err();
+        assert!(code(&e) == ttrpc::Code::FAILED_PRECONDITION && e.to_string().contains("criu"), "{e}");
+        return;
+    }
+    // Deleted before it was ever started.
+    assert_eq!(create("").await.unwrap().pid, 0, "nothing runs before Start");
+    shim.delete(&b, "").await.unwrap();
+    shim.events.seen.lock().unwrap().clear();
+
+    let out = Fifo::new(b.path(), "o");
+    create(out.uri()).await.unwrap();
+    assert_eq!(shim.state(&b).await.unwrap().status, 1);
+    assert!(!b.path().join("arguments").exists(), "nothing runs before Start");
+    let waiting = shim.wait(&b, "");
+    let started = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        shim.start_task(&b).await.unwrap()
+    };
+    let (exit, pid) = tokio::join!(waiting, started);
+    assert!(exit.unwrap() == 6 && pid > 0);
+    let arguments = std::fs::read_to_string(b.path().join("arguments")).unwrap();
+    assert!(arguments.contains(&format!("--image-path {}", image.display())), "{arguments}");
+    assert_eq!(out.text().await, "restored\n");
+    assert_eq!(shim.delete(&b, "").await.unwrap(), 6);
+    let seen = shim.events_until(&b, "/tasks/delete").await;
+    let topics: Vec<&str> = seen.iter().map(|s| s.0.as_str()).collect();
+    assert_eq!(topics, ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+}
+
+/// Where criu does not work, or the image is none, Start says so and Delete does
+/// all that is left to do.
+#[tokio::test]
+async fn a_restore_that_fails_leaves_nothing() {
+    if !installed("criu") {
+        eprintln!("skipped: criu is not installed");
+        return;
+    }
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    let image = b.path().join("image");
+    std::fs::create_dir(&image).unwrap();
+    shim.task.create(CALL, from_checkpoint(&b, Path::new("runc"), &image, "")).await.unwrap();
+    let e = shim.start_task(&b).await.unwrap_err();
+    assert!(e.to_string().contains("restore") || e.to_string().contains("criu"), "{e}");
+    assert_eq!(shim.state(&b).await.unwrap().status, 1, "it never ran");
+    shim.delete(&b, "").await.unwrap();
+    let known = std::fs::read_dir(b.runtime_root().join("test")).map_or(0, Iterator::count);
+    assert_eq!(known, 0, "the runtime knows nothing of it");
 }

@@ -82,6 +82,11 @@ async fn nothing_left(shim: &Shim, b: &Bundle) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(children(shim).trim(), "", "no child is left");
+    no_trace(b);
+}
+
+/// No mount, no cgroup and so no process, no state of the runtime's.
+fn no_trace(b: &Bundle) {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(b.path().to_str().unwrap()), "no mount is left");
     let known = std::fs::read_dir(b.runtime_root().join("test")).map_or(0, Iterator::count);
@@ -92,15 +97,30 @@ async fn nothing_left(shim: &Shim, b: &Bundle) {
     }
 }
 
-/// The hang is under way once `sign` has a pid, which is gone afterwards too.
-async fn killed_while_hanging(shim: &Shim, b: &Bundle, binary: &Path, sign: &Path, inside: bool) {
-    let root = b.path().join("rootfs");
-    let bind = Mount {
+/// A mount that a creation makes and that must go with it.
+fn bind(b: &Bundle) -> Mount {
+    Mount {
         r#type: "bind".into(),
-        source: root.display().to_string(),
+        source: b.path().join("rootfs").display().to_string(),
         options: vec!["rbind".into(), "rw".into()],
         ..Default::default()
-    };
+    }
+}
+
+/// Gives the container a hook that hangs once it has noted its pid in the file that
+/// is returned.
+fn hook(b: &Bundle, kind: &str) -> PathBuf {
+    let sign = b.path().join("hook");
+    let script = format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 1000", sign.display());
+    let path = b.path().join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["hooks"] = serde_json::json!({kind: [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+    std::fs::write(&path, config.to_string()).unwrap();
+    sign
+}
+
+/// The hang is under way once `sign` has a pid, which is gone afterwards too.
+async fn killed_while_hanging(shim: &Shim, b: &Bundle, binary: &Path, sign: &Path, inside: bool) {
     let killer = async {
         let pid = pid_in(sign).await;
         assert_eq!(code(&shim.kill(b, "", 15).await.unwrap_err()), ttrpc::Code::FAILED_PRECONDITION);
@@ -112,7 +132,7 @@ async fn killed_while_hanging(shim: &Shim, b: &Bundle, binary: &Path, sign: &Pat
         // What runs in the container's own pid namespace is missed by its cgroup.
         (!inside).then_some(pid)
     };
-    let (made, pid) = tokio::join!(create(shim, b, binary, vec![bind]), killer);
+    let (made, pid) = tokio::join!(create(shim, b, binary, vec![bind(b)]), killer);
     let e = made.unwrap_err();
     assert_eq!(code(&e), ttrpc::Code::CANCELLED, "{e}");
     if let Some(pid) = pid {
@@ -146,13 +166,41 @@ async fn a_hook_that_hangs_is_ended_by_kill() {
     // Before the container's root is entered, and inside it.
     for kind in ["createRuntime", "createContainer"] {
         let b = Bundle::new(&Shape::default());
-        let sign = b.path().join("hook");
-        let script = format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 1000", sign.display());
-        let path = b.path().join("config.json");
-        let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        config["hooks"] = serde_json::json!({kind: [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
-        std::fs::write(&path, config.to_string()).unwrap();
+        let sign = hook(&b, kind);
         killed_while_hanging(&shim, &b, Path::new("runc"), &sign, kind == "createContainer").await;
+    }
+}
+
+#[tokio::test]
+async fn a_creation_that_outlives_its_shim_is_ended_by_delete() {
+    for kind in ["the runtime", "createRuntime", "createContainer"] {
+        let shim = Shim::start().await;
+        let b = Bundle::new(&Shape::default());
+        let (sign, binary) = if kind == "the runtime" {
+            (b.path().join("pid"), runtime(b.path(), "sleep 1000 & wait"))
+        } else {
+            (hook(&b, kind), PathBuf::from("runc"))
+        };
+        let made = create(&shim, &b, &binary, vec![bind(&b)]);
+        let killer = async {
+            let pid = pid_in(&sign).await;
+            sys::pidfd::PidFd::open(shim.pid).unwrap().signal(types::Signal::KILL).unwrap();
+            let out = std::process::Command::new(harness::BINARY)
+                .args(["-namespace", "test", "-id", &b.id, "-bundle"])
+                .arg(b.path())
+                .arg("delete")
+                .output()
+                .unwrap();
+            assert!(out.status.success(), "{kind}: {out:?}");
+            assert_eq!(shim::decode_delete(&out.stdout).unwrap().exit_status, 137);
+            pid
+        };
+        let (made, pid) = tokio::join!(made, killer);
+        made.unwrap_err();
+        if kind != "createContainer" {
+            gone(pid).await;
+        }
+        no_trace(&b);
     }
 }
 

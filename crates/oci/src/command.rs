@@ -7,7 +7,7 @@
 //! container (CVE-2024-21626).
 
 use crate::children::descendants;
-use crate::{Checkpoint, Child, Children, Launch, Runtime, State, Stdio, message};
+use crate::{Checkpoint, Child, Children, Launch, Restore, Runtime, State, Stdio, message};
 use async_trait::async_trait;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -37,7 +37,7 @@ pub struct Config {
     pub no_pivot: bool,
     /// `create --no-new-keyring`.
     pub no_new_keyring: bool,
-    /// The longest that `create`, `exec` and `checkpoint` may take, which may wait
+    /// The longest that `create`, `exec`, `checkpoint` and `restore` may take, which may wait
     /// for slow disks; the others get at most [`SHORT`].
     pub deadline: Duration,
 }
@@ -152,7 +152,7 @@ impl Command {
         drop(command);
         let pid = i32::try_from(spawned?.id()).unwrap_or(-1);
         let child = self.children.adopt(pid)?;
-        let deadline = if matches!(verb, "create" | "exec" | "checkpoint") {
+        let deadline = if matches!(verb, "create" | "exec" | "checkpoint" | "restore") {
             self.config.deadline
         } else {
             self.config.deadline.min(SHORT)
@@ -184,22 +184,14 @@ impl Command {
         Ok(Output { status, stdout, log: text })
     }
 
-    /// Kills a call that has not been reaped yet, with all that it has borne: hooks
-    /// are in its group, the container's init is not.
+    /// Kills a call that has not been reaped yet, with all that it has borne.
     fn kill_all(&self, call: &Child) {
-        let borne = descendants(call.pid());
-        if let Some(Victims(tell)) = &self.victims {
-            tell(&borne);
-        }
-        let held: Vec<PidFd> = borne.iter().filter_map(|pid| PidFd::open(*pid).ok()).collect();
-        // Its number is surely its own as long as it is not reaped.
-        if let Some(group) = rustix::process::Pid::from_raw(call.pid()) {
-            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
-        }
+        kill_call(call.pid(), |borne| {
+            if let Some(Victims(tell)) = &self.victims {
+                tell(borne);
+            }
+        });
         let _ = call.signal(Signal::KILL);
-        for process in held {
-            let _ = process.signal(Signal::KILL);
-        }
     }
 
     /// The same, but anything other than 0 is a failure: it names the call and has
@@ -307,12 +299,18 @@ impl Runtime for Command {
         args.push(id.into());
         let args: Vec<&OsStr> = args.iter().map(OsString::as_os_str).collect();
         let done = self.call("checkpoint", &args, Stdio::default(), Capture::No).await;
-        let Err(e) = done else { return Ok(()) };
-        let log = checkpoint.work.join("dump.log");
-        match message::criu_error(&read_capped_end(&log)) {
-            Some(words) => Err(e.with_kind(ErrorKind::FailedPrecondition).within(format!("criu says {words:?}"))),
-            None => Err(e),
+        done.map(drop).map_err(|e| with_criu_s_words(e, &checkpoint.work.join("dump.log")))
+    }
+
+    async fn restore(&self, id: &str, bundle: &Path, restore: &Restore, launch: Launch) -> Result<Child> {
+        let mut args = vec![OsStr::new("--bundle"), bundle.as_os_str(), OsStr::new("--detach")];
+        args.extend([OsStr::new("--image-path"), restore.image.as_os_str()]);
+        args.extend([OsStr::new("--work-path"), restore.work.as_os_str()]);
+        if self.config.no_pivot {
+            args.push(OsStr::new("--no-pivot"));
         }
+        let done = self.launch("restore", id, &args, launch).await;
+        done.map_err(|e| with_criu_s_words(e, &restore.work.join("restore.log")))
     }
 
     async fn features(&self) -> Result<Option<serde_json::Value>> {
@@ -343,6 +341,42 @@ async fn aborted(abort: Option<watch::Receiver<bool>>) {
         return;
     }
     std::future::pending().await
+}
+
+/// Kills a runtime call with all that it has borne: hooks are in its group, the
+/// container's init is not. `tell` hears of these while they still live. `call` must
+/// be sure to be the call's number.
+pub fn kill_call(call: i32, tell: impl FnOnce(&[i32])) {
+    let borne = descendants(call);
+    tell(&borne);
+    let held: Vec<PidFd> = borne.iter().chain([&call]).filter_map(|pid| PidFd::open(*pid).ok()).collect();
+    if let Some(group) = rustix::process::Pid::from_raw(call) {
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+    }
+    for process in held {
+        let _ = process.signal(Signal::KILL);
+    }
+}
+
+/// The calls that make a container from this bundle and have not ended, whoever
+/// began them.
+pub fn unfinished_calls(bundle: &Path) -> Vec<i32> {
+    let makes = |pid: &i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+        let verb = words.iter().any(|w| matches!(*w, b"create" | b"restore"));
+        verb && words.windows(2).any(|w| w[0] == b"--bundle" && w[1] == bundle.as_os_str().as_encoded_bytes())
+    };
+    let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    all.filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(makes).collect()
+}
+
+/// A failure of the runtime, with criu's last error where its log has one.
+fn with_criu_s_words(e: Error, log: &Path) -> Error {
+    match message::criu_error(&read_capped_end(log)) {
+        Some(words) => e.with_kind(ErrorKind::FailedPrecondition).within(format!("criu says {words:?}")),
+        None => e,
+    }
 }
 
 fn checkpoint_arguments(c: &Checkpoint) -> Vec<OsString> {

@@ -21,7 +21,7 @@ pub mod mounts;
 pub mod oom;
 
 pub use children::{Call, Child, Children, Claim, Status};
-pub use command::{Command, Config};
+pub use command::{Command, Config, kill_call, unfinished_calls};
 pub use detect::{Found, detect, find_binary};
 pub use message::{kind as kind_of, last_error};
 
@@ -79,6 +79,15 @@ pub struct Checkpoint {
     pub cgroups_mode: String,
 }
 
+/// An image of processes that a container is made from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Restore {
+    /// The directory of the image.
+    pub image: PathBuf,
+    /// The directory of criu's own files; its log stays there.
+    pub work: PathBuf,
+}
+
 /// What the runtime itself says of a container.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
 pub struct State {
@@ -120,6 +129,9 @@ pub trait Runtime: Send + Sync {
     /// Writes its processes to disk; `FailedPrecondition` where criu can't do it,
     /// with criu's own last error.
     async fn checkpoint(&self, id: &str, checkpoint: &Checkpoint) -> Result<()>;
+    /// Makes a container from a checkpoint; it runs at once. `FailedPrecondition`
+    /// where criu can't do it, with criu's own last error.
+    async fn restore(&self, id: &str, bundle: &Path, restore: &Restore, launch: Launch) -> Result<Child>;
     /// The runtime's features document, `None` where it is too old to have one.
     async fn features(&self) -> Result<Option<serde_json::Value>>;
     /// Its version as it prints it, first line's last word.

@@ -1,5 +1,5 @@
 //! Checkpoint: a container's processes written to disk by criu, through the
-//! runtime.
+//! runtime. Its reverse is restore.rs.
 
 use crate::container::{Owner, Reply};
 use crate::events::Event;
@@ -73,7 +73,7 @@ impl Owner {
     }
 }
 
-fn criu() -> Result<()> {
+pub(crate) fn criu() -> Result<()> {
     match oci::find_binary("criu") {
         Some(_) => Ok(()),
         None => Err(Error::precondition("criu is not installed").hint("install it on the node")),

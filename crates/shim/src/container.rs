@@ -10,6 +10,7 @@
 
 use crate::events::Event;
 use crate::persist::TaskRecord;
+use crate::restore::Restoring;
 use crate::shared::Shared;
 use crate::state::{Action, Machine, View};
 use crate::streams::{Habits, Io, Wanted};
@@ -73,6 +74,7 @@ pub(crate) enum Msg {
     Waits(Reply<Vec<String>>),
 
     InitStarted(Result<()>, Reply<i32>),
+    Restored(Result<(Child, Io)>, Reply<i32>),
     ExecStarted(String, Result<(Child, Io)>, Reply<i32>),
     Reaped(Option<String>, Status),
     Bound,
@@ -131,12 +133,15 @@ pub(crate) struct Owner {
     pub(crate) dying_since: Option<Instant>,
     /// How many strikes of the OOM killer have been published.
     pub(crate) oom_told: u64,
+    /// What Start needs of a container that comes from a checkpoint.
+    pub(crate) restoring: Option<Restoring>,
     /// Who waits for the container to be deleted; at most one.
     pub(crate) deleting: Option<Reply<(i32, Certificate)>>,
 }
 
 impl Owner {
-    /// Starts the owner of a container that the runtime has just created.
+    /// Starts the owner of a container that the runtime has just created, or that
+    /// Start will restore.
     #[expect(clippy::too_many_arguments, reason = "each is a different thing that only Create knows")]
     pub fn spawn(
         shared: Arc<Shared>,
@@ -148,6 +153,7 @@ impl Owner {
         habits: Habits,
         private_pids: bool,
         record: TaskRecord,
+        restoring: Option<Restoring>,
     ) {
         let (tx, rx) = mpsc::unbounded_channel();
         let pid = init.child.as_ref().map_or(0, |c| c.pid());
@@ -165,6 +171,7 @@ impl Owner {
             tx: tx.clone(),
             dying_since: None,
             oom_told: 0,
+            restoring,
             deleting: None,
         };
         owner.watch_init();
@@ -173,7 +180,7 @@ impl Owner {
         tokio::spawn(owner.run(rx));
     }
 
-    fn watch_init(&self) {
+    pub(crate) fn watch_init(&self) {
         let (Some(child), Some(io)) = (self.init.child.clone(), self.init.io.as_ref()) else { return };
         let (tx, logged) = (self.tx.clone(), io.logged());
         tokio::spawn(async move {
@@ -184,7 +191,10 @@ impl Owner {
         });
     }
 
-    fn watch_oom(&self) {
+    pub(crate) fn watch_oom(&self) {
+        if self.init.child.is_none() {
+            return;
+        }
         match oom::Watch::new(&self.cgroup) {
             Ok(mut watch) => {
                 let tx = self.tx.clone();
@@ -262,6 +272,7 @@ impl Owner {
                 let _ = reply.send(Ok(self.waits()));
             }
             Msg::InitStarted(result, reply) => self.init_started(result, reply),
+            Msg::Restored(result, reply) => self.restored(result, reply),
             Msg::ExecStarted(exec, result, reply) => self.exec_started(&exec, result, reply),
             Msg::Reaped(None, status) => self.init_reaped(status),
             Msg::Reaped(Some(exec), status) => self.exec_reaped(&exec, status),
@@ -292,6 +303,10 @@ impl Owner {
             let _ = reply.send(Err(e));
             return;
         }
+        if let Some(restoring) = self.restoring.take() {
+            self.restore(restoring, reply);
+            return;
+        }
         let (runtime, id, tx, shared) = (self.runtime.clone(), self.id.clone(), self.tx.clone(), self.shared.clone());
         tokio::spawn(async move {
             let result = match shared.turn().await {
@@ -302,7 +317,7 @@ impl Owner {
         });
     }
 
-    fn init_started(&mut self, result: Result<()>, reply: Reply<i32>) {
+    pub(crate) fn init_started(&mut self, result: Result<()>, reply: Reply<i32>) {
         let actions = self.machine.start_done(result.is_ok());
         self.apply(actions);
         let _ = reply.send(result.map(|()| self.machine.pid()));

@@ -26,8 +26,12 @@ impl Owner {
             Ok(false) => {
                 // Created and never started: its exit comes first.
                 self.deleting = Some(reply);
-                if let Some(child) = &self.init.child {
-                    let _ = child.signal(Signal::KILL);
+                match &self.init.child {
+                    Some(child) => {
+                        let _ = child.signal(Signal::KILL);
+                    }
+                    // To be restored, and never was: there is nobody to kill.
+                    None => self.delete_now(),
                 }
             }
         }

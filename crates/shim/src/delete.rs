@@ -1,7 +1,7 @@
 //! Cleaning up after a shim that is gone: what the `delete` command does.
 
 use crate::persist::{self, TaskRecord};
-use crate::{log, wire};
+use crate::{log, undo, wire};
 use oci::{Children, Command, Config, Runtime, mounts};
 use prost::Message;
 use proto::containerd::task::v3::DeleteResponse;
@@ -44,10 +44,13 @@ async fn clean(id: &str, bundle: &Path, record: &TaskRecord, errors: &mut Vec<Er
     config.root = Some(record.root.clone());
     config.systemd_cgroup = record.systemd_cgroup;
     let runtime = Command::new(config, Children::new());
+    // One that is under way would bring the container back.
+    let cgroups = undo::end_creations(bundle);
     match runtime.delete(id, true).await {
         Err(e) if !e.is_not_found() => errors.push(e),
         _ => {}
     }
+    errors.extend(undo::empty(cgroups).await);
     errors.extend(oci::idmap::forget(bundle).err());
     errors.extend(mounts::unmount_rootfs(&bundle.join("rootfs"), record.rootfs_mounts).err());
 }

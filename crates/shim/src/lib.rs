@@ -4,7 +4,7 @@
 //! service.rs, sandbox.rs, private.rs  ttrpc: validate, ask the owner, answer
 //! setup.rs                 Create, from request to owner
 //! container.rs             the owner: carries out what is decided
-//! exec.rs, control.rs, checkpoint.rs  the rest of what is asked of it
+//! exec.rs, control.rs, checkpoint.rs, restore.rs  the rest of what is asked of it
 //! state.rs                 what may be done and what follows (pure)
 //! streams.rs               URIs to descriptors, through `stdio`
 //! oom.rs stats.rs          the container's cgroups
@@ -12,7 +12,7 @@
 //! persist.rs               what outlives the shim, in the bundle
 //! options.rs info.rs       the caller's options; what this runtime can
 //! bootstrap.rs             what `start` is told and answers; groups
-//! serve.rs, delete.rs      a shim's life; cleaning up after its death
+//! serve.rs, delete.rs, undo.rs  a shim's life; cleaning up after its death
 //! ```
 
 pub mod bootstrap;
@@ -28,6 +28,7 @@ mod oom;
 mod options;
 pub mod persist;
 mod private;
+mod restore;
 mod sandbox;
 mod serve;
 mod service;
@@ -37,6 +38,7 @@ mod shim_cgroup;
 mod state;
 mod stats;
 mod streams;
+mod undo;
 mod wire;
 
 pub use delete::delete;

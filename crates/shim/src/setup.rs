@@ -3,9 +3,10 @@
 use crate::container::{Owner, Process};
 use crate::events::Event;
 use crate::persist::{self, TaskRecord};
+use crate::restore::Restoring;
 use crate::shared::Shared;
 use crate::streams::{self, Habits, Io, Wanted};
-use crate::{log, options, wire};
+use crate::{log, options, restore, undo, wire};
 use oci::cgroup::Cgroup;
 use oci::{Child, Command, Config, Launch, Runtime, mounts};
 use proto::containerd::events::{TaskCreate, TaskIo};
@@ -15,12 +16,9 @@ use proto::containerd::types::Mount;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 use tokio::sync::watch;
 use types::{Error, ErrorKind, Result, ResultExt};
 
-/// How long the killed processes of a failed create may take to be gone.
-const UNDO: Duration = Duration::from_secs(5);
 /// The runtime's state directory where the caller names none.
 const DEFAULT_ROOT: &str = "/run/longshore/runc";
 
@@ -132,19 +130,25 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
         terminal: req.terminal,
     };
     let habits = Habits { labelled: peek.process.labelled(), owner: (o.io_uid, o.io_gid) };
-    let (child, io) = match launch(shared, &runtime, &req.id, &bundle, &wanted, habits, abort).await {
-        Ok(up) => up,
-        Err(e) => {
-            let mut errors = vec![e];
-            errors.extend(mounts::unmount_rootfs(&rootfs, req.rootfs.len()).err());
-            return match errors.len() {
-                1 => Err(errors.remove(0)),
-                _ => Error::join("launch", errors).map(|()| 0),
-            };
+    let restore = match restore::wanted(&req, &o, &bundle) {
+        Ok(restore) => restore,
+        Err(e) => return Err(unmounted(&rootfs, req.rootfs.len(), e)),
+    };
+    let made = match restore {
+        None => launch(shared, &runtime, &req.id, &bundle, &wanted, habits, abort).await.map(Made::Created),
+        Some(from) => {
+            let prepared = streams::prepare(&wanted, habits, &shared.place(&req.id)).await;
+            prepared.map(|prepared| Made::ToRestore(Box::new(Restoring { prepared, from })))
         }
     };
-    let pid = child.pid();
-    let cgroup = Cgroup::of(pid).unwrap_or_else(|e| {
+    let (process, restoring) = match made {
+        Ok(Made::Created((child, io))) => (Process::launched(wanted, io, child), None),
+        Ok(Made::ToRestore(restoring)) => (Process::planned(wanted), Some(*restoring)),
+        Err(e) => return Err(unmounted(&rootfs, req.rootfs.len(), e)),
+    };
+    let pid = process.child.as_ref().map_or(0, |c| c.pid());
+    let cgroup = if pid == 0 { Ok(Cgroup::default()) } else { Cgroup::of(pid) };
+    let cgroup = cgroup.unwrap_or_else(|e| {
         log::warn(format_args!("container {}: its cgroup is unknown: {e}", req.id));
         Cgroup::default()
     });
@@ -153,12 +157,26 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
         bundle: req.bundle.clone(),
         rootfs: req.rootfs,
         io: Some(TaskIo { stdin: req.stdin, stdout: req.stdout, stderr: req.stderr, terminal: req.terminal }),
-        checkpoint: String::new(),
+        checkpoint: req.checkpoint,
         pid: wire::pid(pid),
     }));
-    let process = Process::launched(wanted, io, child);
-    Owner::spawn(shared.clone(), &req.id, bundle, process, runtime, cgroup, habits, peek.private_pids(), record);
+    let private = peek.private_pids();
+    Owner::spawn(shared.clone(), &req.id, bundle, process, runtime, cgroup, habits, private, record, restoring);
     Ok(pid)
+}
+
+/// What has become of a request.
+enum Made {
+    Created((Child, Io)),
+    ToRestore(Box<Restoring>),
+}
+
+/// Takes the root file system off after a failure, and tells all that failed.
+fn unmounted(rootfs: &Path, stacked: usize, e: Error) -> Error {
+    match mounts::unmount_rootfs(rootfs, stacked) {
+        Ok(()) => e,
+        Err(more) => e.hint(more.to_string()),
+    }
 }
 
 /// Mounts the root file system, on another thread where that takes a process.
@@ -219,27 +237,8 @@ async fn launch(
         Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(e),
         Err(e) => {
             let made = std::mem::take(&mut *made.lock().unwrap_or_else(PoisonError::into_inner));
-            undo(runtime, id, made).await;
+            undo::undo(runtime, id, made).await;
             Err(e)
-        }
-    }
-}
-
-/// Removes whatever the runtime left half made; it is often nothing. What it may
-/// not know itself, because it was killed, is in `cgroups`.
-async fn undo(runtime: &Command, id: &str, cgroups: Vec<Cgroup>) {
-    let what = || format!("container {id}: after a failed create");
-    match runtime.delete(id, true).await {
-        Err(d) if !d.is_not_found() => log::warn(format_args!("{}: {d}", what())),
-        _ => {}
-    }
-    for cgroup in cgroups {
-        let deadline = tokio::time::Instant::now() + UNDO;
-        while cgroup.kill_once() > 0 && tokio::time::Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        if let Err(e) = cgroup.remove() {
-            log::warn(format_args!("{}: {e}", what()));
         }
     }
 }

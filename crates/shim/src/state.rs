@@ -116,6 +116,11 @@ impl Machine {
         self.pid
     }
 
+    /// Init has its pid only now: it was restored.
+    pub fn set_pid(&mut self, pid: i32) {
+        self.pid = pid;
+    }
+
     /// What is seen of init.
     pub fn view(&self) -> View {
         match &self.init {

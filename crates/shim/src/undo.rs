@@ -1,0 +1,45 @@
+//! What is left of a container whose creation was ended early. runc writes its
+//! state only after the last hook: what it was killed before, it does not know, and
+//! leaves init, hooks and cgroups.
+
+use crate::log;
+use oci::cgroup::Cgroup;
+use oci::{Command, Runtime};
+use std::path::Path;
+use std::time::Duration;
+use types::Error;
+
+/// How long killed processes may take to be gone.
+const BOUND: Duration = Duration::from_secs(5);
+
+/// Removes whatever the runtime left half made; it is often nothing. What it may
+/// not know itself is in `cgroups`.
+pub(crate) async fn undo(runtime: &Command, id: &str, cgroups: Vec<Cgroup>) {
+    let deleted = runtime.delete(id, true).await.err().filter(|e| !e.is_not_found());
+    for e in deleted.into_iter().chain(empty(cgroups).await) {
+        log::warn(format_args!("container {id}: after a failed create: {e}"));
+    }
+}
+
+/// Kills what is in these cgroups and removes them; returns every failure.
+pub(crate) async fn empty(cgroups: Vec<Cgroup>) -> Vec<Error> {
+    let mut errors = Vec::new();
+    for cgroup in cgroups {
+        let deadline = tokio::time::Instant::now() + BOUND;
+        while cgroup.kill_once() > 0 && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        errors.extend(cgroup.remove().err());
+    }
+    errors
+}
+
+/// Ends the creations in this bundle that a shim has begun and not lived to see the
+/// end of; returns the cgroups that they have made.
+pub(crate) fn end_creations(bundle: &Path) -> Vec<Cgroup> {
+    let mut cgroups = Vec::new();
+    for call in oci::unfinished_calls(bundle) {
+        oci::kill_call(call, |borne| cgroups.extend(borne.iter().filter_map(|pid| Cgroup::of(*pid).ok())));
+    }
+    cgroups
+}
