@@ -9,17 +9,16 @@
 //! of 10 % for the noise of the machine.
 #![allow(clippy::unwrap_used, reason = "a bench that lacks its fixtures has to stop")]
 
-use longshore_tests::{Cri, Daemon, busybox, children, command_line, container, pod, pss_kib};
+use longshore_tests::{Containerd, Cri, Daemon, busybox, children, command_line, container, pod, pss_kib};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::path::Path;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use testkit::{ImageBuilder, TempRoot};
+use testkit::ImageBuilder;
 
 const IMAGE: &str = "localhost/bench:1";
-const PAUSE: &str = "localhost/pause:1";
 /// Pods that stand at once where memory is measured.
 const PODS: usize = 20;
 const STEPS: [&str; 9] = [
@@ -33,71 +32,6 @@ const STEPS: [&str; 9] = [
     "RemovePodSandbox",
     "stop and remove",
 ];
-
-/// Debian's containerd with directories of its own.
-struct Containerd {
-    root: TempRoot,
-    child: Child,
-}
-
-impl Containerd {
-    async fn start() -> Self {
-        let root = TempRoot::new();
-        let config = format!(
-            "version = 2\nroot = '{0}/root'\nstate = '{0}/state'\n[grpc]\naddress = '{0}/c.sock'\n\
-             [plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = '{PAUSE}'\nrestrict_oom_score_adj = true\n\
-             stream_server_address = '127.0.0.1'\nstream_server_port = '0'\n\
-             [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\nruntime_type = 'io.containerd.runc.v2'\n\
-             [plugins.'io.containerd.internal.v1.opt']\npath = '{0}/opt'\n",
-            root.path().display()
-        );
-        std::fs::write(root.join("config.toml"), config).unwrap();
-        let log = std::fs::File::create(root.join("log")).unwrap();
-        let child = Command::new("containerd")
-            .arg("--config")
-            .arg(root.join("config.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let peer = Self { root, child };
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while Cri::connect(&peer.socket()).await.is_err() {
-            let log = std::fs::read_to_string(peer.root.join("log")).unwrap_or_default();
-            assert!(Instant::now() < deadline, "containerd does not answer\n{log}");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        peer.import(&busybox(), IMAGE);
-        peer.import(&pause(peer.root.path()), PAUSE);
-        peer
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.root.join("c.sock")
-    }
-
-    fn import(&self, image: &ImageBuilder, name: &str) {
-        let archive = self.root.join("image.tar");
-        image.docker_archive(&archive, name);
-        let out = Command::new("ctr")
-            .arg("--address")
-            .arg(self.socket())
-            .args(["-n", "k8s.io", "images", "import"])
-            .arg(&archive)
-            .output()
-            .unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    }
-}
-
-impl Drop for Containerd {
-    fn drop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        let _ = self.child.wait();
-    }
-}
 
 /// The peer's sandbox image: a process that sleeps, as small as a C compiler can
 /// make it, as Kubernetes' own is.
@@ -246,17 +180,6 @@ async fn own_limits(cri: &Cri, socket: &Path, failures: &mut Vec<String>) {
     }
 }
 
-fn peers_shims(socket: &Path) -> Vec<u32> {
-    let socket = socket.to_string_lossy().into_owned();
-    let names = std::fs::read_dir("/proc").unwrap().flatten();
-    let pids = names.filter_map(|e| e.file_name().to_string_lossy().parse().ok());
-    pids.filter(|pid| {
-        let line = command_line(*pid);
-        line.contains("containerd-shim-runc-v2") && line.contains(&socket)
-    })
-    .collect()
-}
-
 fn main() -> ExitCode {
     // `cargo test --benches` runs this too, with a flag that asks for no measuring.
     if !std::env::args().any(|a| a == "--bench") {
@@ -270,9 +193,10 @@ async fn run() -> ExitCode {
     let rounds: usize = std::env::var("LONGSHORE_BENCH_N").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
     let ours = Daemon::start().await;
     ours.import(&busybox(), IMAGE);
-    let peer = Containerd::start().await;
+    let peer = Containerd::start("io.containerd.runc.v2", &pause(ours.dir())).await;
+    peer.import(&busybox(), IMAGE);
     let (a, b) = (ours.cri().await, Cri::connect(&peer.socket()).await.unwrap());
-    let idle = (pss_kib(ours.pid()), pss_kib(peer.child.id()));
+    let idle = (pss_kib(ours.pid()), pss_kib(peer.pid()));
 
     let mut times: BTreeMap<&str, (Vec<f64>, Vec<f64>)> = BTreeMap::new();
     for n in 0..rounds + 5 {
@@ -294,7 +218,7 @@ async fn run() -> ExitCode {
         }
     }
     let (shim, own) = memory_per_pod(&a, || ours.shims()).await;
-    let (their_shim, theirs) = memory_per_pod(&b, || peers_shims(&peer.socket())).await;
+    let (their_shim, theirs) = memory_per_pod(&b, || peer.shims()).await;
     let after = pss_kib(ours.pid());
     drop(peer);
 

@@ -10,6 +10,7 @@ mod daemon;
 mod handler;
 mod net;
 mod node;
+mod peer;
 
 pub use client::{Cri, container, pod};
 pub use daemon::{Daemon, bin_dir, busybox, signal};
@@ -19,3 +20,4 @@ pub use node::{
     Footprint, Leftovers, children, command_line, in_pid_namespace, namespace, netns, open_fds, own_memory_kib,
     pss_kib, wait_for,
 };
+pub use peer::Containerd;
