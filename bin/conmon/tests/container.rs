@@ -259,6 +259,23 @@ fn notifications_go_on_to_the_host() {
     m.gone();
 }
 
+/// A directory to mount over, taken back if it was made for that.
+struct MountPoint(Option<&'static Path>);
+
+impl MountPoint {
+    fn make(path: &'static str) -> Self {
+        Self(std::fs::create_dir(path).ok().map(|()| Path::new(path)))
+    }
+}
+
+impl Drop for MountPoint {
+    fn drop(&mut self) {
+        if let Some(path) = self.0 {
+            let _ = std::fs::remove_dir(path);
+        }
+    }
+}
+
 /// A journal of our own, in a mount namespace of its own.
 #[test]
 fn lines_go_to_the_journal() {
@@ -269,8 +286,8 @@ fn lines_go_to_the_journal() {
     std::fs::create_dir_all(run.join("journal")).unwrap();
     let journal = std::os::unix::net::UnixDatagram::bind(run.join("journal/socket")).unwrap();
     journal.set_read_timeout(Some(harness::SOON)).unwrap();
-    let script = "mkdir -p /run/systemd && mount --bind \"$0\" /run/systemd && exec \"$@\"";
-    std::fs::create_dir_all("/run/systemd").unwrap();
+    let script = "mount --bind \"$0\" /run/systemd && exec \"$@\"";
+    let _point = MountPoint::make("/run/systemd");
     let mut child = Command::new("unshare")
         .args(["--mount", "/bin/sh", "-c", script])
         .arg(&run)

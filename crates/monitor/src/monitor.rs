@@ -21,7 +21,7 @@ use crate::poll::{Flags, Poll, Token, never_block};
 use crate::runtime_call::{Given, forget_pid_file, launch, read_pid_file};
 use crate::say;
 use crate::settings::{Api, Settings};
-use crate::streams::{CHUNK, Got, Source, Stdin};
+use crate::streams::{CHUNK, Got, Pipes, Source, Stdin};
 use crate::sync_pipe::SyncPipe;
 use oci::{Call, Children, Claim};
 use std::collections::BTreeMap;
@@ -90,36 +90,6 @@ pub struct Monitor {
     phase: Phase,
     deadline: Option<Instant>,
     timed_out: bool,
-}
-
-/// Both sides of the process's streams.
-#[derive(Default)]
-struct Pipes {
-    theirs: [Option<OwnedFd>; 3],
-    stdin: Option<OwnedFd>,
-    sources: Vec<Source>,
-}
-
-impl Pipes {
-    /// The runtime's own errors come by the pipe of stderr, with a terminal too.
-    fn make(s: &Settings) -> Result<Self> {
-        let mut pipes = Self::default();
-        if s.stdin && !s.terminal {
-            let (theirs, ours) = stdio::fifo::pipe()?;
-            never_block(&ours)?;
-            (pipes.theirs[0], pipes.stdin) = (Some(theirs), Some(ours));
-        }
-        for (i, stream) in [(1, Stream::Stdout), (2, Stream::Stderr)] {
-            if stream == Stream::Stdout && s.terminal {
-                continue;
-            }
-            let (ours, theirs) = stdio::fifo::pipe()?;
-            never_block(&ours)?;
-            pipes.theirs[i] = Some(theirs);
-            pipes.sources.push(Source::new(stream, ours, false));
-        }
-        Ok(pipes)
-    }
 }
 
 impl Monitor {

@@ -1,9 +1,11 @@
 //! The process's streams, our ends of them.
 
-use crate::poll::{EDGE, Flags, Poll, Token};
+use crate::poll::{EDGE, Flags, Poll, Token, never_block};
+use crate::settings::Settings;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 use stdio::Stream;
+use types::Result;
 
 /// The most bytes of one read, and of one packet to an attach client.
 pub const CHUNK: usize = 8192;
@@ -133,5 +135,41 @@ impl Stdin {
     /// The process sees the end of its input.
     pub fn close(&mut self) {
         *self = Self::None;
+    }
+}
+
+/// Both sides of the process's streams.
+#[derive(Default)]
+pub struct Pipes {
+    /// The runtime's ends, of stdin, stdout and stderr.
+    pub theirs: [Option<OwnedFd>; 3],
+    /// Our end of stdin.
+    pub stdin: Option<OwnedFd>,
+    /// Our ends of what it writes to.
+    pub sources: Vec<Source>,
+}
+
+impl Pipes {
+    /// The runtime's own errors come by the pipe of stderr, with a terminal too.
+    ///
+    /// # Errors
+    /// Where descriptors have run out.
+    pub fn make(s: &Settings) -> Result<Self> {
+        let mut pipes = Self::default();
+        if s.stdin && !s.terminal {
+            let (theirs, ours) = stdio::fifo::pipe()?;
+            never_block(&ours)?;
+            (pipes.theirs[0], pipes.stdin) = (Some(theirs), Some(ours));
+        }
+        for (i, stream) in [(1, Stream::Stdout), (2, Stream::Stderr)] {
+            if stream == Stream::Stdout && s.terminal {
+                continue;
+            }
+            let (ours, theirs) = stdio::fifo::pipe()?;
+            never_block(&ours)?;
+            pipes.theirs[i] = Some(theirs);
+            pipes.sources.push(Source::new(stream, ours, false));
+        }
+        Ok(pipes)
     }
 }
