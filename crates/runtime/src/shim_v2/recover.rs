@@ -15,6 +15,9 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 use types::{Error, Result};
 
+/// After so long a Wait that was refused has been answered.
+const SETTLED: std::time::Duration = std::time::Duration::from_millis(500);
+
 impl Inner {
     pub(super) async fn recover(self: &Arc<Self>, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
         let asked: HashSet<String> = pods.iter().map(|p| p.spec.id.clone()).collect();
@@ -139,6 +142,20 @@ impl Inner {
             Err(e) if e.is_not_found() => return Ok(self.recover_dead(pod, id, wanted).await),
             Err(e) => return Err(e),
         };
+        if let Some(task) = pod.task(id)
+            && !matches!(state, TaskState::Stopped(_))
+            && !shim.is_sandbox(id)
+        {
+            // The Wait of `adopt` may have come before the task was there.
+            let inner = self.clone();
+            let (pod, shim) = (pod.clone(), shim.clone());
+            tokio::spawn(async move {
+                tokio::time::sleep(SETTLED).await;
+                if !task.is_watched() && task.exit().is_none() && pod.task(&task.id).is_some() {
+                    inner.watch_task(&pod, &shim, &task);
+                }
+            });
+        }
         Ok(Some(state))
     }
 

@@ -30,6 +30,8 @@ pub(crate) struct Task {
     pub(crate) id: String,
     /// Create has succeeded; before that its maker alone cleans up.
     made: AtomicBool,
+    /// A Wait is outstanding that will tell its end.
+    watched: AtomicBool,
     /// Set once, and then told.
     exit: OnceLock<Certificate>,
     /// The kernel's OOM killer struck, as a foreign shim's event said.
@@ -58,6 +60,11 @@ impl Task {
 
     pub(crate) fn set_made(&self) {
         self.made.store(true, Ordering::SeqCst);
+    }
+
+    /// True while somebody waits for its end.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::SeqCst)
     }
 
     pub(crate) fn exit(&self) -> Option<&Certificate> {
@@ -109,6 +116,7 @@ impl Inner {
             return self.watch_sandbox(pod, shim, task);
         }
         task.set_made();
+        task.watched.store(true, Ordering::SeqCst);
         let (inner, pod, shim, task) = (self.clone(), pod.clone(), shim.clone(), task.clone());
         tokio::spawn(async move {
             loop {
@@ -129,6 +137,9 @@ impl Inner {
                         {
                             inner.ended(&pod, &task, c);
                         }
+                        // A create that a former daemon had asked for may end only now:
+                        // whoever finds the task then waits for its end again.
+                        task.watched.store(false, Ordering::SeqCst);
                         return;
                     }
                     Err(Fault::Closed) => {
