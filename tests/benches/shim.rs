@@ -105,11 +105,16 @@ struct Shim<'a> {
     side: &'static str,
     task: task::TaskClient,
     pid: u32,
+    _log: std::fs::File,
 }
 
 impl<'a> Shim<'a> {
     async fn start(bench: &'a Bench, side: &'static str, binary: &Path, id: &str) -> Self {
         let bundle = bench.bundle(side, id);
+        // The peer's shim ends where its caller reads no log.
+        let log = bundle.join("log");
+        assert!(Command::new("mkfifo").arg(&log).status().unwrap().success());
+        let log = std::fs::OpenOptions::new().read(true).write(true).open(log).unwrap();
         let out = Command::new(binary)
             .args(["-namespace", "bench", "-id", id, "-publish-binary", "/bin/true", "-address"])
             .arg(bench.dir.path().join("c.sock"))
@@ -131,7 +136,7 @@ impl<'a> Shim<'a> {
         // The version that both speak.
         let task = task::TaskClient::new(client, proto::TASK_SERVICES[1]);
         let pid = task.connect(CALL, task::ConnectRequest { id: id.into() }).await.unwrap().shim_pid;
-        Self { bench, side, task, pid }
+        Self { bench, side, task, pid, _log: log }
     }
 
     async fn create(&self, id: &str) {

@@ -40,7 +40,13 @@ impl Containerd {
 
     async fn up(&self) {
         let deadline = Instant::now() + Duration::from_secs(20);
-        while Cri::connect(&self.socket()).await.is_err() {
+        loop {
+            // The socket is there before its services are.
+            if let Ok(cri) = Cri::connect(&self.socket()).await
+                && cri.pods().await.is_ok()
+            {
+                return;
+            }
             assert!(Instant::now() < deadline, "containerd does not answer\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
