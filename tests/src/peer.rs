@@ -147,7 +147,16 @@ impl Drop for Containerd {
         for point in mounts.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&own)) {
             let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
         }
-        // The runtime's state directory outlives its containers, empty.
+        // The cgroup of this process's pods outlives them, empty, and so does the
+        // runtime's state directory.
+        for cgroup in crate::node::cgroups(&format!("longshore-e2e-{}", std::process::id())) {
+            let below = std::fs::read_dir(&cgroup).into_iter().flatten().flatten();
+            let mut dirs: Vec<PathBuf> = below.map(|e| e.path()).filter(|p| p.is_dir()).collect();
+            dirs.push(cgroup);
+            for dir in dirs {
+                let _ = std::fs::remove_dir(dir);
+            }
+        }
         for dir in ["/run/longshore/runc/k8s.io", "/run/longshore/runc", "/run/longshore"] {
             let _ = std::fs::remove_dir(dir);
         }
