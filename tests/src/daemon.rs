@@ -100,7 +100,7 @@ impl Daemon {
 
     /// Starts the daemon again, after [`Daemon::kill`] or [`Daemon::terminate`].
     pub async fn begin(&mut self) {
-        self.spawn();
+        self.spawn(None);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
         loop {
             if let Ok(cri) = Cri::connect(&self.socket()).await
@@ -115,10 +115,41 @@ impl Daemon {
         }
     }
 
-    fn spawn(&mut self) {
+    /// Starts it so that it dies at a fault point; false where it dies in its start.
+    pub async fn begin_doomed(&mut self, point: &str) -> bool {
+        self.spawn(Some(point));
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            if self.has_died() {
+                return false;
+            }
+            if let Ok(cri) = Cri::connect(&self.socket()).await
+                && cri.pods().await.is_ok()
+            {
+                return true;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "the daemon does not answer\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Whether the daemon has ended by a signal; any other end is a failure.
+    pub fn has_died(&mut self) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        match self.child.as_mut().and_then(|c| c.try_wait().ok().flatten()) {
+            None => false,
+            Some(status) if status.signal() == Some(9) => true,
+            Some(status) => panic!("the daemon has ended by itself: {status}\n{}", self.log()),
+        }
+    }
+
+    fn spawn(&mut self, fault: Option<&str>) {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
         let mut command = self.serve();
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).process_group(0);
+        if let Some(point) = fault {
+            command.env("LONGSHORE_FAULT", point);
+        }
         self.child = Some(command.spawn().unwrap());
     }
 
@@ -304,7 +335,7 @@ impl Daemon {
             if idle("bundles") && idle("conmon/bundles") && idle("ns") {
                 return Vec::new();
             }
-            self.spawn();
+            self.spawn(None);
         }
         let socket = self.socket();
         // A runtime of its own: the test's may be the one that is unwinding.

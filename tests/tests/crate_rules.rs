@@ -29,6 +29,7 @@ fn rules() -> Vec<Rule> {
     vec![
         rule("longshore-proto", &[OURS]),
         types,
+        rule("longshore-fault", &[OURS, "tokio"]),
         Rule { package: "longshore-sys", never: vec!["tokio", OURS], but: but_types },
         spec,
         rule("longshore-cri", &["longshore-shim", "longshore-oci", "longshore-sys"]),

@@ -49,6 +49,10 @@ pub fn run(args: ServeArgs) -> Result<()> {
     if !(1..=90).contains(&config.network.cni.plugin_timeout) {
         bail!("network.cni.plugin_timeout is {} s: 1 to 90 are possible", config.network.cni.plugin_timeout);
     }
+    // For the crash test alone (docs/decisions/0019-fault-points.md).
+    if let Ok(point) = std::env::var("LONGSHORE_FAULT") {
+        fault::arm(&point).map_err(|e| anyhow::anyhow!("LONGSHORE_FAULT: {e}"))?;
+    }
     telemetry::init_logging(&config.log_level, LogFormat::default())?;
     sys::malloc::be_small();
     let tokio = tokio::runtime::Builder::new_multi_thread()

@@ -62,6 +62,13 @@ impl Admin for Cri {
     async fn timeline(&self, r: Request<TimelineRequest>) -> Answer<TimelineResponse> {
         self.find_timeline(&r.get_ref().pod).map(Response::new).map_err(status("Timeline"))
     }
+    async fn waiting(&self, _: Request<WaitingRequest>) -> Answer<WaitingResponse> {
+        let operations = self.pods.operations().into_iter().map(|(what, age)| WaitingOperation {
+            what,
+            milliseconds: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+        });
+        Ok(Response::new(WaitingResponse { operations: operations.collect() }))
+    }
     async fn close_stdin(&self, r: Request<CloseStdinRequest>) -> Answer<CloseStdinResponse> {
         self.pods.close_stdin(&r.get_ref().container_id).await.map_err(status("CloseStdin"))?;
         Ok(Response::new(CloseStdinResponse {}))

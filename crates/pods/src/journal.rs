@@ -3,6 +3,7 @@
 //! A pod's owner never awaits IO: it hands a write over and goes on; what must
 //! wait for the write (an answer, above all) is a call-back that runs after it.
 
+use fault::Step;
 use store::{ContainerRecord, PodRecord, Store};
 use tokio::sync::mpsc;
 use types::Result;
@@ -25,6 +26,20 @@ pub enum Write {
     Timeline(String, String),
 }
 
+impl Write {
+    fn step(&self) -> Option<Step> {
+        Some(match self {
+            Self::Pod(_) => Step::RecordPod,
+            Self::PodState(..) => Step::RecordPodState,
+            Self::DeletePod(_) => Step::ForgetPod,
+            Self::Container(_) => Step::RecordContainer,
+            Self::ContainerState(..) => Step::RecordContainerState,
+            Self::DeleteContainer(_) => Step::ForgetContainer,
+            Self::Timeline(..) => return None,
+        })
+    }
+}
+
 type Then = Box<dyn FnOnce(Result<()>) + Send>;
 
 /// The queue before the database. Clones share it.
@@ -39,7 +54,15 @@ impl Journal {
         let (queue, mut writes) = mpsc::unbounded_channel::<(Write, Then)>();
         tokio::spawn(async move {
             while let Some((write, then)) = writes.recv().await {
-                then(apply(&store, write).await);
+                let step = write.step();
+                if let Some(step) = step {
+                    fault::before(step);
+                }
+                let outcome = apply(&store, write).await;
+                if let Some(step) = step {
+                    fault::after(step);
+                }
+                then(outcome);
             }
         });
         Self { queue }

@@ -311,6 +311,11 @@ impl Pods {
         self.shared.events.subscribe()
     }
 
+    /// What the runtimes have under way, in a few words each, and since when.
+    pub fn operations(&self) -> Vec<(String, Duration)> {
+        self.shared.runtime.operations()
+    }
+
     /// The timed steps of pods.
     pub fn timelines(&self) -> &telemetry::Timelines {
         &self.shared.timelines

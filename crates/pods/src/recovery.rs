@@ -15,6 +15,7 @@ use crate::journal::Write;
 use crate::owner::Owner;
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, ContainerRecord, ContainerState, PodInfo, PodPhase, PodState};
+use fault::Step as Fault;
 use runtime::{PodSpec, RecoverPod, RecoveredPod, TaskState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -41,7 +42,7 @@ struct Stored {
 /// # Errors
 /// Only when the database can't be read; every other trouble is logged by name.
 pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
-    let (mut stored, aside) = load(shared).await?;
+    let (mut stored, aside) = fault::around(Fault::RecoverLoad, load(shared)).await?;
     let boot = Boot::look(shared).await?;
     // Networks before namespaces, which plugins look into; and after a restart of the
     // node all of them.
@@ -74,7 +75,7 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
         RecoverPod { spec, containers: containers.clone() }
     }));
     let mut found = BTreeMap::new();
-    for result in shared.runtime.recover(ready).await {
+    for result in fault::around(Fault::RecoverBundles, shared.runtime.recover(ready)).await {
         match result {
             Ok(pod) => {
                 found.insert(pod.id.clone(), pod);
@@ -83,6 +84,7 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
         }
     }
     let mut old_tasks: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    fault::before(Fault::RecoverAdopt);
     for s in &mut stored {
         if !s.pod.state.torn_down {
             match found.remove(&s.pod.id) {
@@ -97,7 +99,8 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
             }
         }
     }
-    sweep(shared, &stored, &aside).await;
+    fault::after(Fault::RecoverAdopt);
+    fault::around(Fault::RecoverSweep, sweep(shared, &stored, &aside)).await;
     check_networks(shared, &stored);
     for s in stored {
         match shared.store.timeline(&s.pod.id).await {

@@ -241,6 +241,12 @@ pub trait Runtime: Send + Sync + 'static {
     /// then belongs to it, whatever the configuration says today.
     fn owns(&self, pod: &str) -> bool;
 
+    /// What is under way, in a few words each, and since when: for people who wonder
+    /// what is stuck.
+    fn operations(&self) -> Vec<(String, Duration)> {
+        Vec::new()
+    }
+
     /// Finds pods again after a restart of the daemon, in parallel, each bounded;
     /// what failed is in the one pod's result and stops no other. Bundles of no
     /// asked pod are cleaned up.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Ops {
@@ -35,8 +35,12 @@ impl Ops {
         Op { ops: self.clone(), id }
     }
 
+    pub(crate) fn ages(&self) -> Vec<(String, Duration)> {
+        self.table().running.values().map(|(what, since)| (what.clone(), since.elapsed())).collect()
+    }
+
     pub(crate) fn list(&self) -> Vec<String> {
-        self.table().running.values().map(|(what, since)| format!("{what}, for {:.1?}", since.elapsed())).collect()
+        self.ages().into_iter().map(|(what, age)| format!("{what}, for {age:.1?}")).collect()
     }
 }
 

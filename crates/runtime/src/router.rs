@@ -172,6 +172,10 @@ impl Runtime for Runtimes {
         self.backends.iter().any(|b| b.runtime.owns(pod))
     }
 
+    fn operations(&self) -> Vec<(String, std::time::Duration)> {
+        self.backends.iter().flat_map(|b| b.runtime.operations()).collect()
+    }
+
     async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
         let mut by_backend: Vec<Vec<RecoverPod>> = self.backends.iter().map(|_| Vec::new()).collect();
         for pod in pods {

@@ -17,6 +17,7 @@
 
 use crate::{Draft, Hold, Holds, IdMap, KeyLocks, Mount, Snapshotter, TotalUsage, Usage, copy, tree};
 use async_trait::async_trait;
+use fault::Step;
 use rustix::fs::{Gid, Mode, Uid};
 use std::collections::HashMap;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -163,12 +164,14 @@ impl Inner {
         parent: Option<&str>,
         owner: (u32, u32),
     ) -> Result<SnapshotRecord> {
-        let record = self.store.add_snapshot(key, kind, parent, now_ns()).await?;
+        let record = fault::around(Step::SnapshotRecord, self.store.add_snapshot(key, kind, parent, now_ns())).await?;
         let inner = self.clone();
         let (id, below) = (record.id, record.parent);
         let made = blocking(move || {
             let like = below.map(|p| inner.fs(p));
-            inner.make_dirs(id, like.as_deref(), owner, kind == SnapshotKind::Active)
+            fault::during(Step::SnapshotDirectory, || {
+                inner.make_dirs(id, like.as_deref(), owner, kind == SnapshotKind::Active)
+            })
         })
         .await;
         match made {
@@ -191,9 +194,9 @@ impl Inner {
         let Some(record) = self.store.snapshot(key).await? else { return Ok(()) };
         if record.kind != SnapshotKind::Layer {
             let dir = self.dir(record.id);
-            blocking(move || tree::remove(&dir)).await?;
+            blocking(move || fault::during(Step::SnapshotUnmake, || tree::remove(&dir))).await?;
         }
-        self.store.delete_snapshot(key).await.map(drop)
+        fault::around(Step::SnapshotForget, self.store.delete_snapshot(key)).await.map(drop)
     }
 
     async fn sweep(self: &Arc<Self>) -> Result<()> {

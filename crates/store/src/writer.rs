@@ -153,7 +153,7 @@ impl State {
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .sql(|| "begin a database transaction".into())?;
         job.run(&transaction)?;
-        transaction.commit().sql(|| "commit to the database".into())
+        fault::during(fault::Step::StoreCommit, || transaction.commit().sql(|| "commit to the database".into()))
     }
 
     /// SQLite reports a full disk as `SQLITE_FULL` or, from the shared-memory

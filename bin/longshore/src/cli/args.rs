@@ -64,8 +64,13 @@ pub enum Command {
     /// Send a shim's event to the daemon; shims of containerd's older kind execute it
     #[command(hide = true)]
     Publish(PublishArgs),
+    /// Look for what keeps pods from running on this node, with a remedy for each
+    Doctor(DoctorArgs),
     /// Print every configuration key with its default
     Config,
+    /// Print the points at which a daemon under test can be told to die
+    #[command(hide = true)]
+    FaultPoints,
     /// Print the versions of client and daemon
     Version,
 }
@@ -102,6 +107,20 @@ pub struct ServeArgs {
     /// A level (error, warn, info, debug, trace) or directives such as info,h2=warn
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
+}
+
+/// Options of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// The daemon's configuration file [default: /etc/longshore/config.toml, if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The daemon's root directory, where it is not the configured one
+    #[arg(long, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// The daemon's state directory, where it is not the configured one
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
 }
 
 /// How a container's pod is connected.

@@ -8,7 +8,7 @@
 //! output.rs      tables, JSON, sizes and times for people
 //! run/           `run`: flags -> CRI configs, the container's life, its signals and stdin
 //! log/           the CRI log format, and following a log file by inotify
-//! list.rs exec.rs logs.rs lifecycle.rs images.rs inspect.rs timeline.rs publish.rs version.rs
+//! list.rs exec.rs logs.rs lifecycle.rs images.rs inspect.rs timeline.rs doctor.rs publish.rs version.rs
 //! ```
 //!
 //! Exit codes: 0; 1 for a failure (one line on stderr); 2 for wrong usage; `run` and
@@ -17,6 +17,7 @@
 
 mod args;
 mod client;
+mod doctor;
 mod exec;
 #[cfg(test)]
 mod fake;
@@ -112,6 +113,7 @@ pub fn run(cli: Cli) -> ExitCode {
 async fn dispatch(context: &Context, command: Command) -> Result<u8> {
     match command {
         Command::Run(args) => return run::run(context, *args).await,
+        Command::Doctor(args) => return doctor::doctor(context, &args).await,
         Command::Exec(args) => return exec::exec(context, args).await,
         Command::Serve(_) => return Err(Error::internal("serve is no client command")),
         Command::Pods(args) => list::pods(context, &args).await,
@@ -130,6 +132,7 @@ async fn dispatch(context: &Context, command: Command) -> Result<u8> {
             Ok(())
         }
         Command::Publish(args) => publish::publish(args).await,
+        Command::FaultPoints => output::print(&(fault::points().join("\n") + "\n")),
         Command::Version => version::version(context).await,
     }
     .map(|()| 0)

@@ -12,6 +12,7 @@ use crate::facts::{self, LayeredRoot};
 use crate::journal::Write;
 use crate::sandbox::{ContainerPid, container_pid};
 use crate::state::{ContainerInfo, ContainerRecord, ContainerState, User};
+use fault::Step as Fault;
 use images::Image;
 use proto::cri::ContainerConfig;
 use spec::{ContainerInput, ContainerSpec, ImageDefaults, PidMode};
@@ -87,12 +88,23 @@ async fn build(ctx: &PodContext, id: &str, config: Arc<ContainerConfig>) -> Resu
     let prepare = shared.snapshots.prepare(id, parent, idmap.as_ref());
     let mounts = shared
         .timelines
-        .timed(&pod.id, OP, "snapshot", &name, shared.bounded("preparing the snapshot", prepare))
+        .timed(
+            &pod.id,
+            OP,
+            "snapshot",
+            &name,
+            shared.bounded("preparing the snapshot", fault::around(Fault::ContainerSnapshot, prepare)),
+        )
         .await?;
     let spec = make_spec(ctx, id, &config, &image, layered(&mounts));
-    let made = shared.timelines.timed(&pod.id, OP, "spec", &name, shared.bounded("making the spec", spec)).await?;
-    shared.bounded("writing its files", write_files(ctx, id, &made, log_path.as_deref())).await?;
-    let stdin = if config.stdin { Some(make_stdin(ctx, id).await?) } else { None };
+    let made = shared
+        .timelines
+        .timed(&pod.id, OP, "spec", &name, shared.bounded("making the spec", fault::around(Fault::ContainerSpec, spec)))
+        .await?;
+    let files = fault::around(Fault::ContainerFiles, write_files(ctx, id, &made, log_path.as_deref()));
+    shared.bounded("writing its files", files).await?;
+    let stdin =
+        if config.stdin { Some(fault::around(Fault::ContainerStdin, make_stdin(ctx, id)).await?) } else { None };
     let info = ContainerInfo {
         id: id.to_string(),
         pod_id: pod.id.clone(),

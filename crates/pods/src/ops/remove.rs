@@ -2,6 +2,7 @@
 
 use super::{PodContext, image_mounts};
 use crate::state::ContainerInfo;
+use fault::Step as Fault;
 use types::{Error, Result, ResultExt};
 
 /// Removes a dead container's task, snapshot and files; goes on whatever fails.
@@ -11,10 +12,20 @@ use types::{Error, Result, ResultExt};
 pub async fn remove(ctx: &PodContext, info: &ContainerInfo) -> Result<()> {
     let (shared, id) = (&ctx.shared, &info.id);
     let mut errors = Vec::new();
-    errors.extend(shared.bounded("deleting the task", shared.runtime.delete_task(&ctx.pod.id, id)).await.err());
-    errors.extend(shared.bounded("removing the snapshot", shared.snapshots.remove(id)).await.err());
+    errors.extend(
+        shared
+            .bounded("deleting the task", fault::around(Fault::RemoveTask, shared.runtime.delete_task(&ctx.pod.id, id)))
+            .await
+            .err(),
+    );
+    errors.extend(
+        shared
+            .bounded("removing the snapshot", fault::around(Fault::RemoveSnapshot, shared.snapshots.remove(id)))
+            .await
+            .err(),
+    );
     errors.extend(image_mounts::release(ctx, id, &info.config).await);
-    errors.extend(remove_dir(&shared.container_dir(id)).await.err());
+    errors.extend(fault::around(Fault::RemoveFiles, remove_dir(&shared.container_dir(id))).await.err());
     errors.extend(shared.sandboxes.unpin_target(&ctx.pod.id, id).await.err());
     if let Some(stdin) = &info.record.stdin {
         errors.extend(remove_file(stdin).await.err());

@@ -83,7 +83,8 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
                 .hint("set the pid mode to CONTAINER, or another handler"));
         }
         // Pinned, so that containers join this very namespace whoever has the pid later.
-        sandbox.pid = Some(shared.sandboxes.pin_target(&new.id, &new.id, init_pid).await?);
+        let pin = shared.sandboxes.pin_target(&new.id, &new.id, init_pid);
+        sandbox.pid = Some(fault::around(fault::Step::SandboxPinInit, pin).await?);
     }
     let info = PodInfo {
         id: new.id.clone(),

@@ -110,7 +110,10 @@ pub async fn end_task(ctx: &PodContext, id: &str, why: &str) -> Result<()> {
     let _ = shared.runtime.kill_task(pod, id, Signal::KILL, true, why).await;
     let dead = async {
         // Nobody has told us of this task, so nobody will tell of its end.
-        while let Ok(TaskState::Running { .. } | TaskState::Paused { .. }) = shared.runtime.task_state(pod, id).await {
+        // One that was killed before its start counts as created until it is reaped.
+        while let Ok(TaskState::Created | TaskState::Running { .. } | TaskState::Paused { .. }) =
+            shared.runtime.task_state(pod, id).await
+        {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };

@@ -9,6 +9,7 @@
 use super::layout::Layout;
 use super::plan::{NamespacePlan, PidPlan};
 use super::{SandboxState, Step, files, teardown};
+use fault::Step as Fault;
 use network::NetnsDir;
 use spec::IdMap;
 use std::fs::Permissions;
@@ -48,17 +49,18 @@ pub(super) fn run(order: Order) -> Result<SandboxState> {
     let own_shm = order.plan.ipc;
     let target = matches!(order.plan.pid, PidPlan::Target { .. });
     let mut setup = Setup { order, undo: Vec::new(), steps: Vec::new() }
-        .step("directories", teardown::directories, |o, _| make_directories(o))?
-        .step("namespaces", teardown::namespaces, make_namespaces)?
-        .step("files", teardown::files, |o, _| write_files(o))?;
+        .step("directories", Some(Fault::SandboxDirectories), teardown::directories, |o, _| make_directories(o))?
+        .step("namespaces", Some(Fault::SandboxNamespaces), teardown::namespaces, make_namespaces)?
+        .step("files", Some(Fault::SandboxFiles), teardown::files, |o, _| write_files(o))?;
     if own_shm {
-        setup = setup.step("shm", teardown::shm, |o, _| mount_shm(o))?;
+        setup = setup.step("shm", Some(Fault::SandboxShm), teardown::shm, |o, _| mount_shm(o))?;
     }
     if target {
-        setup = setup.step("target", teardown::namespaces, |o, _| pin_pod_target(o))?;
+        setup = setup.step("target", None, teardown::namespaces, |o, _| pin_pod_target(o))?;
     }
     if own_init {
-        setup = setup.step("init rootfs", teardown::init_rootfs, |o, _| make_init_rootfs(o))?;
+        setup = setup
+            .step("init rootfs", Some(Fault::SandboxInitRootfs), teardown::init_rootfs, |o, _| make_init_rootfs(o))?;
     }
     Ok(setup.finish())
 }
@@ -68,12 +70,18 @@ impl Setup {
     fn step(
         mut self,
         name: &'static str,
+        point: Option<Fault>,
         undo: teardown::Undo,
         work: impl FnOnce(&Order, &mut Vec<Step>) -> Result<()>,
     ) -> Result<Self> {
         let (started_at, clock) = (SystemTime::now(), Instant::now());
         self.undo.push(undo);
-        match work(&self.order, &mut self.steps) {
+        let work = || work(&self.order, &mut self.steps);
+        let worked = match point {
+            Some(point) => fault::during(point, work),
+            None => work(),
+        };
+        match worked {
             Ok(()) => {
                 self.steps.push(Step { name, started_at, took: clock.elapsed() });
                 Ok(self)
@@ -179,7 +187,7 @@ fn pin(order: &Order, kind: Kind, links: &Path) -> Result<()> {
 
 fn pin_at(link: &Path, path: &Path) -> Result<()> {
     std::fs::File::create_new(path).context(|| format!("make {}", path.display()))?;
-    sys::mount::bind(link, path)
+    fault::during(Fault::SandboxBind, || sys::mount::bind(link, path))
 }
 
 /// Pins the pid namespace of the running process `pid`.

@@ -3,6 +3,7 @@
 //! adds what failed.
 
 use super::layout::{self, Layout};
+use fault::Step as Fault;
 use network::NetnsDir;
 use std::collections::BTreeSet;
 use std::io::ErrorKind as Io;
@@ -14,7 +15,13 @@ pub(super) type Undo = fn(&Layout, &NetnsDir, &mut Vec<Error>);
 
 /// All unwinds in their order. The directory of the pins goes last: while it is
 /// there, the next start knows of the pod.
-const ALL: [Undo; 5] = [init_rootfs, shm, files, namespaces, directories];
+const ALL: [(Fault, Undo); 5] = [
+    (Fault::UnmakeInitRootfs, init_rootfs),
+    (Fault::UnmakeShm, shm),
+    (Fault::UnmakeFiles, files),
+    (Fault::UnmakeNamespaces, namespaces),
+    (Fault::UnmakeDirectories, directories),
+];
 
 /// Takes a sandbox down, whatever is there of it.
 ///
@@ -22,8 +29,8 @@ const ALL: [Undo; 5] = [init_rootfs, shm, files, namespaces, directories];
 /// All failures, joined.
 pub(super) fn all(layout: &Layout, netns: &NetnsDir) -> Result<()> {
     let mut errors = Vec::new();
-    for undo in ALL {
-        undo(layout, netns, &mut errors);
+    for (point, undo) in ALL {
+        fault::during(point, || undo(layout, netns, &mut errors));
     }
     Error::join(&format!("take down sandbox {:.12}", layout.id), errors)
 }

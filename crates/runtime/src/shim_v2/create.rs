@@ -9,6 +9,7 @@ use super::shim::Shim;
 use super::task::Task;
 use crate::api::{PodSpec, RootfsMount, TaskIo, TaskSpec};
 use crate::bundle::{self, blocking};
+use fault::Step;
 use proto::containerd::runc::v1::Options;
 use proto::containerd::task::v3 as wire;
 use proto::containerd::types::Mount;
@@ -155,7 +156,11 @@ impl Inner {
         let options = options(&shim.handler, &task.config_json, spec.bundle_gid.is_some());
         let rootfs = mounts(&task.rootfs);
         let (d, gid) = (dir.clone(), spec.bundle_gid);
-        let task = match blocking(move || bundle::make_task(&d, gid, &task.config_json).map(|()| task)).await {
+        let task = match blocking(move || {
+            fault::during(Step::TaskBundle, || bundle::make_task(&d, gid, &task.config_json).map(|()| task))
+        })
+        .await
+        {
             Ok(task) => task,
             Err(e) => return Err(self.unmake(&dir, None, &entry.id, e).await),
         };
@@ -176,7 +181,7 @@ impl Inner {
             ..wire::CreateTaskRequest::default()
         };
         entry.set_logger(streams.logger);
-        let created = call(bound, shim.task().create(bound, request)).await;
+        let created = fault::around(Step::TaskCreate, call(bound, shim.task().create(bound, request))).await;
         let created = created.map_err(|e| e.within(&format!("create container {}", entry.id), bound));
         // Only while this very shim is up does its watcher know of the task;
         // otherwise it has died meanwhile, and the task is ours to undo.

@@ -281,6 +281,10 @@ impl Runtime for ShimManager {
         self.inner.layout.pod(pod).exists()
     }
 
+    fn operations(&self) -> Vec<(String, std::time::Duration)> {
+        self.inner.ops.ages()
+    }
+
     async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
         let inner = self.inner.clone();
         match self.detached("find the pods again".into(), async move { Ok(inner.recover(pods).await) }).await {

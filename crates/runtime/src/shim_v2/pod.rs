@@ -190,7 +190,7 @@ fn watch_shim(inner: &Arc<Inner>, pod: &Arc<Pod>, shim: &Arc<Shim>, log: Option<
         });
         if died {
             tracing::warn!(pod = pod.id, pid = shim.pid, "the pod's shim has died");
-            bury(&inner, &pod, &shim.bootstrap).await;
+            fault::around(fault::Step::ShimBury, bury(&inner, &pod, &shim.bootstrap)).await;
             inner.tell(RuntimeEvent::ShimGone { pod: pod.id.clone() });
             pod.update(|s| s.phase = Phase::Absent);
         }

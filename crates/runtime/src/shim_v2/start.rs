@@ -6,6 +6,7 @@ use super::launch;
 use super::shim::Shim;
 use crate::api::PodSpec;
 use crate::bundle::{self, blocking};
+use fault::Step;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,16 +46,17 @@ pub(super) async fn launch_pod(inner: &Arc<Inner>, spec: &PodSpec) -> Result<(Sh
     let started = async {
         // Opened before the shim is: it may write before it answers.
         let log = blocking(move || {
-            bundle::make_pod(&d, &s)?;
-            h.store(&d)?;
+            fault::during(Step::ShimBundle, || bundle::make_pod(&d, &s).and_then(|()| h.store(&d)))?;
             Ok(d)
         })
         .await
         .and_then(|d| launch::open_log(&d))?;
         let binary = inner.binary(&handler).await;
-        let bootstrap = binary.start(&dir, &spec.id, handler.timeouts.launch).await?;
+        let bootstrap = fault::around(Step::ShimStart, binary.start(&dir, &spec.id, handler.timeouts.launch)).await?;
         let (b, d) = (bootstrap.clone(), dir.clone());
-        let (stored, shim) = tokio::join!(blocking(move || b.store(&d)), Shim::connect(&spec.id, bootstrap, handler));
+        let stored = blocking(move || fault::during(Step::ShimBootstrap, || b.store(&d)));
+        let connected = fault::around(Step::ShimConnect, Shim::connect(&spec.id, bootstrap, handler));
+        let (stored, shim) = tokio::join!(stored, connected);
         stored?;
         Ok((shim?, log))
     };

@@ -9,6 +9,7 @@ use super::start::{AFTER_KILL, kill_strays, load};
 use super::task::Task;
 use crate::api::SandboxKind;
 use crate::bundle::{self, blocking};
+use fault::Step;
 use proto::containerd::task::v3::ShutdownRequest;
 use std::sync::Arc;
 use tokio::task::JoinSet;
@@ -64,8 +65,8 @@ impl Inner {
         }
         let mut buried = true;
         if let Some(shim) = &shim {
-            self.end_tasks(pod, shim).await;
-            buried = self.shut_down(shim).await;
+            fault::around(Step::ShimEndTasks, self.end_tasks(pod, shim)).await;
+            buried = fault::around(Step::ShimShutdown, self.shut_down(shim)).await;
         }
         if buried {
             kill_strays(&dir, &pod.id).await;
@@ -84,7 +85,7 @@ impl Inner {
         if let Some(shim) = &shim {
             bundle::remove_socket(&shim.bootstrap.address);
         }
-        if let Err(e) = blocking(move || bundle::remove_pod(&dir)).await {
+        if let Err(e) = blocking(move || fault::during(Step::ShimUnbundle, || bundle::remove_pod(&dir))).await {
             errors.push(e);
         }
         errors

@@ -8,6 +8,7 @@ use super::rpc::{Fault, call};
 use super::shim::Shim;
 use crate::api::{RuntimeEvent, TaskState};
 use crate::bundle::{self, blocking};
+use fault::Step;
 use proto::containerd::task::v3 as wire;
 use proto::containerd::v1::types::Status;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -212,7 +213,7 @@ impl Inner {
         }
         let bound = shim.timeouts().create;
         let request = wire::StartRequest { id: id.to_string(), exec_id: String::new() };
-        match call(bound, shim.task().start(bound, request)).await {
+        match fault::around(Step::TaskStart, call(bound, shim.task().start(bound, request))).await {
             Ok(_) => Ok(()),
             Err(e) => Err(e.within(&format!("start container {id}"), bound)),
         }
@@ -242,7 +243,7 @@ impl Inner {
             return self.stop_sandbox(&entry, &shim).await;
         }
         let bound = shim.timeouts().call;
-        match kill(&shim, id, "", signal, all, bound).await {
+        match fault::around(Step::TaskKill, kill(&shim, id, "", signal, all, bound)).await {
             Ok(()) => Ok(()),
             // It died of what is being cleaned up now.
             Err(Fault::Closed) if shim.is_dead() => Ok(()),
@@ -321,7 +322,7 @@ impl Inner {
             self.finish_log(task).await;
         }
         entry.update(|s| s.tasks.remove(id));
-        blocking(move || bundle::remove_task(&dir)).await
+        blocking(move || fault::during(Step::TaskUnbundle, || bundle::remove_task(&dir))).await
     }
 
     /// Deletes a task in the pod's shim. False where the pod has none.
@@ -338,7 +339,7 @@ impl Inner {
             }
             let bound = shim.timeouts().create;
             let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
-            match call(bound, shim.task().delete(bound, request)).await {
+            match fault::around(Step::TaskDelete, call(bound, shim.task().delete(bound, request))).await {
                 Ok(answer) => {
                     if let Some(task) = task
                         && task.exit().is_none()
