@@ -369,11 +369,7 @@ async fn killed_at_every_step_the_daemon_loses_nothing_and_leaves_nothing() {
     assert!(unreached.is_empty(), "no life comes to these points; extend it: {unreached:?}");
 }
 
-// Open: where the daemon dies while the shim still creates a task, the recovery's State
-// is refused ("is being created"), the pod counts as not examined, and the retry of
-// StartContainer meets the half-made task ("has a task already").
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "finds an open defect: a create that outlives its daemon is not waited for"]
 async fn killed_at_random_instants_under_load_the_daemon_loses_nothing() {
     if not_with(Handler::GoShim, "it asks for our shim's pid by name") {
         return;

@@ -13,7 +13,7 @@ use crate::bundle::{self, blocking};
 use std::collections::HashSet;
 use std::sync::Arc;
 use tokio::task::JoinSet;
-use types::{Error, Result};
+use types::{Error, ErrorKind, Result};
 
 /// After so long a Wait that was refused has been answered.
 const SETTLED: std::time::Duration = std::time::Duration::from_millis(500);
@@ -140,6 +140,15 @@ impl Inner {
             // No task: it was deleted, or died with an earlier shim, and only
             // its bundle still tells how.
             Err(e) if e.is_not_found() => return Ok(self.recover_dead(pod, id, wanted).await),
+            // The shim still creates it for a daemon that has died: nobody has been
+            // told that it came up, and whoever asked for its start asks again.
+            Err(e) if e.kind() == ErrorKind::FailedPrecondition => {
+                self.kill_and_delete(pod, shim, id).await?;
+                pod.update(|s| s.tasks.remove(id));
+                let dir = self.layout.task(&pod.id, id);
+                blocking(move || bundle::remove_task(&dir)).await?;
+                return Ok(None);
+            }
             Err(e) => return Err(e),
         };
         if let Some(task) = pod.task(id)

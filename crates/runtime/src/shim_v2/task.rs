@@ -163,7 +163,8 @@ impl Inner {
                         tokio::time::sleep(WAIT_AGAIN).await;
                     }
                 }
-                if task.exit().is_some() || pod.task(&task.id).is_none() {
+                // A task of the same id may be another one by now.
+                if task.exit().is_some() || pod.task(&task.id).is_none_or(|t| !Arc::ptr_eq(&t, &task)) {
                     return;
                 }
             }
