@@ -59,7 +59,10 @@ async fn containerd_s_cri_runs_pods_with_our_shim() {
     // The shim dies under a running container.
     let last = cri.run(&pod_id, &named("last", "while :; do sleep 1; done"), &config).await.unwrap();
     longshore_tests::signal(shim, rustix::process::Signal::KILL);
-    assert_eq!(cri.exited(&last, SOON).await.exit_code, 137);
+    // Its `delete` says 137; but containerd's CRI, with any shim, takes its own Wait, which
+    // broke with the connection, for an exit of 255 if that comes first.
+    let code = cri.exited(&last, SOON).await.exit_code;
+    assert!([137, 255].contains(&code), "{code}");
 
     assert!(cri.remove_all().await.is_empty());
     wait_for("the end of the shims", SOON, || peer.shims().is_empty());

@@ -67,6 +67,26 @@ impl Cgroup {
         Ok(Self::from_text(&theirs, &ours, &all))
     }
 
+    /// The cgroups that the path in a bundle's config.json names, as far as they are
+    /// there. A runtime that is killed in `create` leaves them, also before anybody is
+    /// in them. None with systemd's kind of path: a scope that is empty goes by itself.
+    pub fn of_bundle(bundle: &Path) -> Self {
+        let config = std::fs::read(bundle.join("config.json")).unwrap_or_default();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+        let Some(path) = config["linux"]["cgroupsPath"].as_str().filter(|p| p.starts_with('/')) else {
+            return Self::default();
+        };
+        let mut c = Self::default();
+        for h in hierarchies(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()) {
+            match place(&h, path).filter(|dir| dir.is_dir()) {
+                Some(dir) if h.v2 => c.v2 = Some(dir),
+                Some(dir) => c.v1.extend(h.controllers.into_iter().map(|name| (name, dir.clone()))),
+                None => {}
+            }
+        }
+        c
+    }
+
     fn from_text(theirs: &str, ours: &str, all: &[Hierarchy]) -> Self {
         let mut c = Self::default();
         for line in theirs.lines().filter(|l| !ours.lines().any(|o| o == *l)) {

@@ -186,7 +186,7 @@ impl Command {
 
     /// Kills a call that has not been reaped yet, with all that it has borne.
     fn kill_all(&self, call: &Child) {
-        kill_call(call.pid(), |borne| {
+        let _ = kill_call(call.pid(), |borne| {
             if let Some(Victims(tell)) = &self.victims {
                 tell(borne);
             }
@@ -345,17 +345,19 @@ async fn aborted(abort: Option<watch::Receiver<bool>>) {
 
 /// Kills a runtime call with all that it has borne: hooks are in its group, the
 /// container's init is not. `tell` hears of these while they still live. `call` must
-/// be sure to be the call's number.
-pub fn kill_call(call: i32, tell: impl FnOnce(&[i32])) {
+/// be sure to be the call's number. Returns them all: until they have ended, what they
+/// were about to make may still come.
+pub fn kill_call(call: i32, tell: impl FnOnce(&[i32])) -> Vec<PidFd> {
     let borne = descendants(call);
     tell(&borne);
     let held: Vec<PidFd> = borne.iter().chain([&call]).filter_map(|pid| PidFd::open(*pid).ok()).collect();
     if let Some(group) = rustix::process::Pid::from_raw(call) {
         let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
     }
-    for process in held {
+    for process in &held {
         let _ = process.signal(Signal::KILL);
     }
+    held
 }
 
 /// The calls that make a container from this bundle and have not ended, whoever

@@ -50,7 +50,7 @@ async fn clean(id: &str, bundle: &Path, record: &TaskRecord, errors: &mut Vec<Er
         Err(e) if !e.is_not_found() => errors.push(e),
         _ => {}
     }
-    errors.extend(undo::empty(cgroups).await);
+    errors.extend(undo::empty(bundle, cgroups).await);
     errors.extend(oci::idmap::forget(bundle).err());
     errors.extend(mounts::unmount_rootfs(&bundle.join("rootfs"), record.rootfs_mounts).err());
 }

@@ -237,7 +237,7 @@ async fn launch(
         Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(e),
         Err(e) => {
             let made = std::mem::take(&mut *made.lock().unwrap_or_else(PoisonError::into_inner));
-            undo::undo(runtime, id, made).await;
+            undo::undo(runtime, id, bundle, made).await;
             Err(e)
         }
     }

@@ -14,15 +14,16 @@ const BOUND: Duration = Duration::from_secs(5);
 
 /// Removes whatever the runtime left half made; it is often nothing. What it may
 /// not know itself is in `cgroups`.
-pub(crate) async fn undo(runtime: &Command, id: &str, cgroups: Vec<Cgroup>) {
+pub(crate) async fn undo(runtime: &Command, id: &str, bundle: &Path, cgroups: Vec<Cgroup>) {
     let deleted = runtime.delete(id, true).await.err().filter(|e| !e.is_not_found());
-    for e in deleted.into_iter().chain(empty(cgroups).await) {
+    for e in deleted.into_iter().chain(empty(bundle, cgroups).await) {
         log::warn(format_args!("container {id}: after a failed create: {e}"));
     }
 }
 
-/// Kills what is in these cgroups and removes them; returns every failure.
-pub(crate) async fn empty(cgroups: Vec<Cgroup>) -> Vec<Error> {
+/// Kills what is in these cgroups and removes them, and those of the bundle that nobody
+/// is in yet; returns every failure.
+pub(crate) async fn empty(bundle: &Path, cgroups: Vec<Cgroup>) -> Vec<Error> {
     let mut errors = Vec::new();
     for cgroup in cgroups {
         let deadline = tokio::time::Instant::now() + BOUND;
@@ -31,6 +32,11 @@ pub(crate) async fn empty(cgroups: Vec<Cgroup>) -> Vec<Error> {
         }
         errors.extend(cgroup.remove().err());
     }
+    // Its path may be shared: who is in there is not known to be the container's.
+    let named = Cgroup::of_bundle(bundle);
+    if named.processes().is_empty() {
+        errors.extend(named.remove().err());
+    }
     errors
 }
 
@@ -38,8 +44,14 @@ pub(crate) async fn empty(cgroups: Vec<Cgroup>) -> Vec<Error> {
 /// end of; returns the cgroups that they have made.
 pub(crate) fn end_creations(bundle: &Path) -> Vec<Cgroup> {
     let mut cgroups = Vec::new();
+    let mut killed = Vec::new();
     for call in oci::unfinished_calls(bundle) {
-        oci::kill_call(call, |borne| cgroups.extend(borne.iter().filter_map(|pid| Cgroup::of(*pid).ok())));
+        killed.extend(oci::kill_call(call, |borne| {
+            cgroups.extend(borne.iter().filter_map(|pid| Cgroup::of(*pid).ok()));
+        }));
+    }
+    for process in killed {
+        process.ended_within(BOUND);
     }
     cgroups
 }

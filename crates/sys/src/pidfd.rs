@@ -68,6 +68,21 @@ impl PidFd {
         look(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)
     }
 
+    /// Blocks until it has ended, whosever child it is, at most `bound`. True when it has.
+    pub fn ended_within(&self, bound: std::time::Duration) -> bool {
+        let deadline = std::time::Instant::now() + bound;
+        loop {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let left = rustix::event::Timespec::try_from(left).unwrap_or_default();
+            let mut fds = [rustix::event::PollFd::new(&self.fd, rustix::event::PollFlags::IN)];
+            match rustix::event::poll(&mut fds, Some(&left)) {
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(ready) => return ready > 0,
+                Err(_) => return false,
+            }
+        }
+    }
+
     /// Looks whether it has ended, and leaves it unreaped.
     ///
     /// # Errors
