@@ -34,8 +34,10 @@ pub(crate) async fn empty(bundle: &Path, cgroups: Vec<Cgroup>) -> Vec<Error> {
     }
     // Its path may be shared: who is in there is not known to be the container's.
     let named = Cgroup::of_bundle(bundle);
-    if named.processes().is_empty() {
-        errors.extend(named.remove().err());
+    if named.processes().is_empty()
+        && let Err(e) = named.remove()
+    {
+        log::warn(&e);
     }
     errors
 }
