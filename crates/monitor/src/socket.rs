@@ -42,10 +42,9 @@ pub fn bind(dir: &Path, name: &str, kind: SocketType, mode: Mode) -> Result<Name
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let fd = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).context(what)?;
     let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/{file}", parent.as_raw_fd())).context(what)?;
-    let before = rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    let bound = rustix::net::bind(&fd, &address);
-    rustix::process::umask(before);
-    bound.context(what)?;
+    // The file gets the socket's own mode: nobody else can connect before the next line.
+    rustix::fs::fchmod(&fd, Mode::RWXU).context(what)?;
+    rustix::net::bind(&fd, &address).context(what)?;
     rustix::fs::chmod(&path, mode).context(what)?;
     let inode = inode(&path).context(what)?;
     Ok(Named { fd, path, inode })
