@@ -190,6 +190,12 @@ fn a_monitor_that_dies_is_an_error_with_all_that_is_known() {
         let line = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let find = |part: &str| node.processes().into_iter().find(|p| line(p).contains(part));
         eventually("it runs", || find("sleep\x00326").is_some());
+        let dirs = || std::fs::read_dir(node.bundle("p", "c").join("execs")).unwrap().flatten();
+        // Where a log stands between, what the monitor hasn't read yet goes with it.
+        let log = dirs().map(|d| d.path().join("log")).find(|log| log.exists());
+        if let Some(log) = log {
+            eventually("its output is in the log", || std::fs::read_to_string(&log).unwrap().contains("said"));
+        }
         common::kill_9(find("--exec-process-spec").unwrap());
         let e = node.run(exec).unwrap().unwrap_err();
         assert!(e.to_string().contains("killed by signal 9") && e.to_string().contains("said"), "{e}");
