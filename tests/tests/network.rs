@@ -598,6 +598,32 @@ async fn the_built_in_network_does_what_plugins_do() {
     assert!(!links.contains("longshore0") && !w.net.rules().contains("longshore"), "{links}{}", w.net.rules());
 }
 
+/// As a restart of the node's firewall does it: no pod is made or removed meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_that_somebody_flushed_come_back_by_themselves() {
+    let mut w = World::mode("builtin", BUILTIN).await;
+    let mut web = w.pod("web");
+    web.port_mappings = vec![tcp(8080, 80, "")];
+    let (pod, _) = w.serve(&web).await;
+    let before = w.net.must(&["nft", "list", "ruleset"]);
+    let flushed = |w: &World, command: &[&str]| {
+        w.net.must(command);
+        wait_for("the rules are back", BOUND, || w.net.must(&["nft", "list", "ruleset"]) == before);
+        assert_eq!(w.fetch("127.0.0.1:8080"), "I am web\n");
+    };
+    flushed(&w, &["nft", "flush", "ruleset"]);
+    flushed(&w, &["nft", "flush", "table", "inet", "longshore"]);
+    // A daemon that was started again watches them too.
+    w.daemon.kill();
+    w.daemon.begin().await;
+    w.cri = w.daemon.cri().await;
+    flushed(&w, &["nft", "delete", "table", "inet", "longshore"]);
+    assert!(w.daemon.log().contains("somebody else changed the nftables table"));
+    w.remove(&pod).await;
+    w.daemon.terminate();
+    assert!(!w.net.rules().contains("longshore"), "its own removal brings nothing back");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn host_ports_work_without_a_plugin_for_them() {
     let w = World::mode("auto", BUILTIN).await;

@@ -30,7 +30,7 @@ mod types;
 pub use self::types::{
     AttachRequest, Attached, Attachment, Bandwidth, Dns, INTERFACE, Mac, Net, PortMapping, Protocol,
 };
-pub use builtin::{Builtin, BuiltinConfig, InterfaceStats, IpRange, interface_stats};
+pub use builtin::{Builtin, BuiltinConfig, Departure, InterfaceStats, IpRange, interface_stats};
 pub use host_ports::HostPorts;
 pub use netns::NetnsDir;
 
@@ -129,6 +129,8 @@ struct Inner {
     /// Something of the built-in network or its host ports was claimed, now or before:
     /// where nothing ever was, nothing needs to be freed.
     claimed: AtomicBool,
+    /// Our table is watched.
+    watched: AtomicBool,
     /// Pods that nobody knows any more and that are still attached.
     strays: Mutex<BTreeSet<String>>,
 }
@@ -152,7 +154,26 @@ impl Network {
         let cni = Cni::open(config.cni, by_cni)?;
         let claimed = !store.network_claims().await?.is_empty();
         let builtin = Builtin::open(config.builtin, store).await?;
-        Ok(Self(Arc::new(Inner { mode: config.mode, cni, builtin, claimed: claimed.into(), strays: Mutex::default() })))
+        let (mode, strays) = (config.mode, Mutex::default());
+        let this = Self(Arc::new(Inner { mode, cni, builtin, claimed: false.into(), watched: false.into(), strays }));
+        if claimed {
+            this.claim();
+        }
+        Ok(this)
+    }
+
+    /// Before anything of ours is claimed. From then on our table is watched.
+    fn claim(&self) {
+        self.0.claimed.store(true, Ordering::Relaxed);
+        if self.0.watched.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let ports = self.0.builtin.host_ports().clone();
+        tokio::spawn(async move {
+            if let Err(e) = ports.keep().await {
+                tracing::warn!("a flush of the packet filter's rules is not noticed before the next pod: {e}");
+            }
+        });
     }
 
     fn by(&self) -> By {
@@ -175,7 +196,7 @@ impl Network {
             match self.by() {
                 By::Cni => self.attach_by_cni(request).await,
                 By::Builtin => {
-                    self.0.claimed.store(true, Ordering::Relaxed);
+                    self.claim();
                     let attachment = self.0.builtin.attach(request).await?;
                     let (network, interface) = ("longshore".to_owned(), INTERFACE.to_owned());
                     Ok(vec![Attached { network, interface, attachment, result: None }])
@@ -192,7 +213,7 @@ impl Network {
         let ours = !request.ports.is_empty() && !self.0.cni.asks_for("portMappings");
         let networks = self.0.cni.attach(request).await?;
         if let Some(first) = networks.first().filter(|_| ours) {
-            self.0.claimed.store(true, Ordering::Relaxed);
+            self.claim();
             let ports = self.0.builtin.host_ports();
             ports.add(&request.pod_id, &first.attachment.addresses, &request.ports).await?;
         }
@@ -200,15 +221,31 @@ impl Network {
     }
 
     /// Detaches a pod from whatever it was attached to, by whomever; nothing is
-    /// success. It may be asked for again, and with the namespace gone.
+    /// success. It may be asked for again, and with the namespace gone. A link of ours
+    /// is removed soon afterwards, and its addresses are free then.
     ///
     /// # Errors
     /// All failures, joined; what is still attached stays known.
     pub async fn detach(&self, pod: &str) -> Result<()> {
+        self.detach_by(pod, async {
+            let departure = self.0.builtin.part(pod).await?;
+            let (this, pod) = (self.clone(), pod.to_owned());
+            tokio::spawn(async move {
+                if let Err(e) = departure.end().await {
+                    tracing::warn!("{e}; it is tried again");
+                    this.detach_later(&pod);
+                }
+            });
+            Ok(())
+        })
+        .await
+    }
+
+    async fn detach_by(&self, pod: &str, from_builtin: impl Future<Output = Result<()>>) -> Result<()> {
         let detach = async {
             let mut errors = Vec::new();
             if self.0.claimed.load(Ordering::Relaxed) {
-                errors.extend(self.0.builtin.detach(pod).await.err());
+                errors.extend(from_builtin.await.err());
             }
             errors.extend(self.0.cni.detach(pod).await.err());
             if errors.len() == 1 { errors.pop().map_or(Ok(()), Err) } else { Error::join("its networks", errors) }
@@ -233,7 +270,7 @@ impl Network {
             wait = (wait * 2).min(longest);
             let strays = self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).clone();
             for pod in strays {
-                match self.detach(&pod).await {
+                match self.detach_by(&pod, self.0.builtin.detach(&pod)).await {
                     Ok(()) => {
                         tracing::info!("pod {pod:.12} is detached from its network at last");
                         self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).remove(&pod);

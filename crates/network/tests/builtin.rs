@@ -140,6 +140,37 @@ fn an_exhausted_range_is_named_and_an_address_freed_is_used_again() {
     });
 }
 
+/// StopPodSandbox does not wait for the kernel to remove the link, and yet nobody gets
+/// an address before its link is gone.
+#[test]
+fn who_leaves_holds_up_only_those_who_need_his_address() {
+    on_node(|node| async move {
+        let net = node.builtin(small("10.99.0.0/30")).await;
+        let (a, b) = (Netns::new(), Netns::new());
+        let mut wanted = request("b", &b, vec![tcp(8080)]);
+        for round in 0..10 {
+            net.attach(&request("a", &a, vec![tcp(8080)])).await.unwrap();
+            let departure = net.part("a").await.unwrap();
+            // The host port is free at once; the range's only address is not.
+            wanted.static_ips = if round % 2 == 0 { vec![] } else { vec!["10.99.0.2/30".parse().unwrap()] };
+            let got = net.attach(&wanted).await.unwrap();
+            assert_eq!(got.addresses[0].to_string(), "10.99.0.2/30");
+            assert_eq!(links().len(), 2, "the bridge and the new link: {:?}", links());
+            departure.end().await.unwrap();
+            // The same pod once more, and the end of all, wait too.
+            drop(net.part("b").await.unwrap());
+            net.attach(&wanted).await.unwrap();
+            drop(net.part("b").await.unwrap());
+            net.detach("b").await.unwrap();
+            assert!(node.store.network_claims().await.unwrap().is_empty());
+        }
+        net.attach(&request("a", &a, vec![])).await.unwrap();
+        drop(net.part("a").await.unwrap());
+        net.release().await.unwrap();
+        assert_eq!(links(), Vec::<String>::new());
+    });
+}
+
 #[test]
 fn attaching_twice_is_refused_and_detaching_twice_is_not() {
     on_node(|node| async move {

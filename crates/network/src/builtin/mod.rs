@@ -6,26 +6,30 @@
 //!   longshore0  10.85.0.1/16, fd…::1/64
 //!      └── lsh0123456789ab ═══ veth ═══ eth0  10.85.0.7/16, fd…::7/64
 //!                                        default via 10.85.0.1, fd…::1
-//!   attach: claim addresses ─► claim and lead host ports ─► make the link
-//!   detach: host ports ─► link ─► free addresses
+//!   attach: claim addresses ─► make the link, claim and lead host ports
+//!   detach: host ports; link ─► free addresses
 //! ```
 //!
 //! Claims are committed before anything is made of them and freed last, so that a
-//! crash leaves at most what [`Builtin::reconcile`] finds by the pod's id.
+//! crash leaves at most what [`Builtin::reconcile`] finds by the pod's id. The kernel
+//! takes some 20 ms to remove a link, which [`Builtin::part`] spares its caller: the
+//! addresses stay claimed that long, and who wants one of them waits.
 
+mod leaving;
 mod node;
 mod pod;
 mod range;
 
+pub use leaving::Departure;
 pub use pod::InterfaceStats;
 pub use range::IpRange;
 pub(crate) use range::network_of;
 
 use crate::host_ports::Localnet;
-use crate::netlink::Socket;
 use crate::turns::Turns;
 use crate::{AttachRequest, Attachment, HostPorts, Net};
-use ::types::{Error, Result};
+use ::types::{Error, ErrorKind, Result};
+use leaving::Leaving;
 use node::Node;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -87,6 +91,7 @@ struct Inner {
     /// Ranges that are no longer configured but that pods have addresses of.
     former: Mutex<Vec<IpRange>>,
     turns: Turns,
+    leaving: Leaving,
 }
 
 impl Builtin {
@@ -114,6 +119,7 @@ impl Builtin {
                 node: Mutex::new(None),
                 former: Mutex::default(),
                 turns: Turns::default(),
+                leaving: Leaving::default(),
             }),
         })
     }
@@ -143,7 +149,7 @@ impl Builtin {
     async fn attach_or_undo(&self, request: &AttachRequest) -> Result<Attachment> {
         let wishes = wishes(&self.inner.config.ranges, &request.static_ips)
             .map_err(|e| e.within(format!("attach pod {}", request.pod_id)))?;
-        let addresses = self.inner.store.claim_addresses(&request.pod_id, wishes).await?;
+        let addresses = self.claim(&request.pod_id, wishes).await?;
         match self.attach_with(request, &addresses).await {
             Ok(attachment) => Ok(attachment),
             Err(e) => match self.remove(&request.pod_id).await {
@@ -151,6 +157,18 @@ impl Builtin {
                 Err(left) => Err(Error::new(e.kind(), format!("{e}; {left}"))),
             },
         }
+    }
+
+    /// Addresses of pods that are just leaving are as good as free: they are waited for.
+    async fn claim(&self, pod_id: &str, wishes: Vec<AddressWish>) -> Result<Vec<IpAddr>> {
+        let leaving = self.inner.leaving.now();
+        let claimed = self.inner.store.claim_addresses(pod_id, wishes.clone()).await;
+        let kind = claimed.as_ref().err().map(Error::kind);
+        let held = matches!(kind, Some(ErrorKind::AlreadyExists | ErrorKind::ResourceExhausted));
+        if held && self.inner.leaving.wait_for(leaving).await {
+            return self.inner.store.claim_addresses(pod_id, wishes).await;
+        }
+        claimed
     }
 
     async fn attach_with(&self, request: &AttachRequest, addresses: &[IpAddr]) -> Result<Attachment> {
@@ -171,8 +189,12 @@ impl Builtin {
             bandwidth: request.bandwidth,
         };
         let this = self.clone();
-        let node = crate::blocking("attach a pod", move || this.plug(&plug)).await?;
-        self.inner.ports.lead(&request.pod_id, &addresses, &request.ports, Localnet::Done).await?;
+        let plugged = crate::blocking("attach a pod", move || this.plug(&plug));
+        let led = self.inner.ports.lead(&request.pod_id, &addresses, &request.ports, Localnet::Done);
+        // Both to their end: a half-made side can't be undone.
+        let (node, led) = tokio::join!(plugged, led);
+        let node = node?;
+        led?;
         let host_interface = Some(pod::host_interface(&request.pod_id));
         Ok(Attachment { addresses, gateways, mac: Some(mac), host_interface, mtu: Some(node.mtu) })
     }
@@ -201,8 +223,7 @@ impl Builtin {
         let former = self.inner.former.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let all = config.ranges.iter().copied().chain(former);
         let ranges: Vec<IpRange> = all.filter(|_| config.masquerade).collect();
-        let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
-        self.inner.ports.rules().masquerade(&socket, &ranges)?;
+        self.inner.ports.change(|rules, socket| rules.masquerade(socket, &ranges))?;
         *ready = Some(node);
         Ok(node)
     }
@@ -221,17 +242,39 @@ impl Builtin {
         .await
     }
 
+    /// The same for a caller that has no use for the removed link: the host ports are
+    /// gone when this returns, link and addresses soon afterwards. Whoever detaches the
+    /// pod once more, or attaches it, waits for that.
+    ///
+    /// # Errors
+    /// The host ports that are left. What becomes of the rest, the [`Departure`] tells.
+    pub async fn part(&self, pod_id: &str) -> Result<Departure> {
+        let (this, pod_id) = (self.clone(), pod_id.to_owned());
+        crate::to_its_end("detach a pod", async move {
+            let turn = this.inner.turns.take(&pod_id).await;
+            let mark = this.inner.leaving.mark(&pod_id);
+            let (leaver, pod) = (this.clone(), pod_id.clone());
+            let gone = tokio::spawn(async move {
+                let gone = leaver.unplug(&pod).await;
+                drop((mark, turn));
+                gone.map_err(|e| e.within(format!("detach pod {pod} from the network")))
+            });
+            this.inner.ports.remove(&pod_id).await.map(|()| Departure::new(gone))
+        })
+        .await
+    }
+
     async fn remove(&self, pod_id: &str) -> Result<()> {
-        let interface = pod::host_interface(pod_id);
-        // Each waits for a grace period of the kernel's, so they wait together.
-        let link = crate::blocking("detach a pod", move || pod::unplug(&interface));
-        let ports = self.inner.ports.remove(pod_id).await;
-        let freed = match link.await {
-            Ok(()) => self.inner.store.free_addresses(pod_id).await.map(drop),
-            Err(e) => Err(e),
-        };
+        let (ports, freed) = tokio::join!(self.inner.ports.remove(pod_id), self.unplug(pod_id));
         let errors = [ports.err(), freed.err()].into_iter().flatten().collect();
         Error::join(&format!("detach pod {pod_id} from the network"), errors)
+    }
+
+    /// The link, and then the addresses, which nobody may have while it is there.
+    async fn unplug(&self, pod_id: &str) -> Result<()> {
+        let interface = pod::host_interface(pod_id);
+        crate::blocking("detach a pod", move || pod::unplug(&interface)).await?;
+        self.inner.store.free_addresses(pod_id).await.map(drop)
     }
 
     /// Frees what no pod of `live` holds: addresses, ports, links; and makes the table
@@ -284,6 +327,7 @@ impl Builtin {
     /// # Errors
     /// Names what can't be removed.
     pub async fn release(&self) -> Result<()> {
+        self.inner.leaving.wait_for(self.inner.leaving.now()).await;
         let held = self.inner.store.network_claims().await?;
         if held.iter().any(|c| !c.addresses.is_empty()) {
             return Ok(());

@@ -14,7 +14,7 @@
 mod events;
 mod rules;
 
-use events::Events;
+use events::{Change, Events};
 pub(crate) use rules::Rules;
 
 use crate::netlink::{Socket, conntrack, route};
@@ -24,7 +24,11 @@ use ::types::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use store::{PortClaim, Store};
+
+/// The least time between two repairs of the table: somebody else may insist.
+const REPAIR_PAUSE: Duration = Duration::from_secs(1);
 
 /// One port of the node and the one address that it leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +60,33 @@ pub struct HostPorts {
 struct Inner {
     store: Store,
     rules: Mutex<Rules>,
+    wire: Mutex<Wire>,
     turns: Turns,
+}
+
+/// The way to the kernel. One socket for all changes, since closing one waits until
+/// all that was taken out has been freed, some 10 ms.
+#[derive(Debug, Default)]
+struct Wire {
+    socket: Option<Socket>,
+    /// The ports of this socket and of those before it.
+    ports: BTreeSet<u32>,
+}
+
+impl Wire {
+    fn with<T>(&mut self, work: impl FnOnce(&Socket) -> Result<T>) -> Result<T> {
+        // After an error it is not taken up again: answers may be left in it.
+        let socket = match self.socket.take() {
+            Some(socket) => socket,
+            None => Socket::open(sys::netlink::Protocol::Netfilter)?,
+        };
+        let done = work(&socket);
+        self.ports.insert(socket.port());
+        if done.is_ok() {
+            self.socket = Some(socket);
+        }
+        done
+    }
 }
 
 impl HostPorts {
@@ -79,7 +109,7 @@ impl HostPorts {
             }
         }
         let rules = Mutex::new(Rules::new(table.to_owned(), pods));
-        Ok(Self { inner: Arc::new(Inner { store, rules, turns: Turns::default() }) })
+        Ok(Self { inner: Arc::new(Inner { store, rules, wire: Mutex::default(), turns: Turns::default() }) })
     }
 
     /// Leads `ports` to the pod's `addresses`, of which the first of each family
@@ -121,15 +151,14 @@ impl HostPorts {
     }
 
     fn install(&self, pod_id: &str, all: Vec<Forward>, localnet: Localnet) -> Result<()> {
-        let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
         let udp = udp_ports(&all);
         if localnet == Localnet::ByRoute {
             let targets: BTreeSet<IpAddr> = all.iter().map(|f| f.target.address).collect();
             targets.into_iter().try_for_each(let_loopback_in)?;
         }
-        self.rules().set(&socket, pod_id, all)?;
+        self.change(|rules, socket| rules.set(socket, pod_id, all))?;
         // A peer that was sending before the port led here must come here now.
-        forget(&socket, &udp);
+        self.forget(&udp);
         Ok(())
     }
 
@@ -156,15 +185,30 @@ impl HostPorts {
     }
 
     fn uninstall(&self, pod_id: &str) -> Result<()> {
-        let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
-        let udp = {
-            let mut rules = self.rules();
+        let udp = self.change(|rules, socket| {
             let udp = udp_ports(rules.of(pod_id));
-            rules.set(&socket, pod_id, Vec::new())?;
-            udp
-        };
-        forget(&socket, &udp);
+            rules.set(socket, pod_id, Vec::new()).map(|()| udp)
+        })?;
+        self.forget(&udp);
         Ok(())
+    }
+
+    /// The ports work without it, but for peers that never pause.
+    fn forget(&self, udp: &[u16]) {
+        if udp.is_empty() {
+            return;
+        }
+        let done = self.change(|_, socket| conntrack::forget(socket, rules::number(Protocol::Udp), udp));
+        if let Err(e) = done {
+            tracing::warn!(error = %e, "UDP peers that send all the time may go on to where the port led before");
+        }
+    }
+
+    /// Work on the rules, over the one socket.
+    pub(crate) fn change<T>(&self, work: impl FnOnce(&mut Rules, &Socket) -> Result<T>) -> Result<T> {
+        let mut rules = self.rules();
+        let mut wire = self.inner.wire.lock().unwrap_or_else(PoisonError::into_inner);
+        wire.with(|socket| work(&mut rules, socket))
     }
 
     /// Takes the ports of all pods but `live` away, and makes the table as it should
@@ -189,28 +233,39 @@ impl HostPorts {
     }
 
     fn restore(&self) -> Result<()> {
-        let mut rules = self.rules();
-        let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
-        if rules.is_empty() { rules.release(&socket).map(drop) } else { rules.make(&socket) }
+        self.change(|rules, socket| if rules.is_empty() { rules.release(socket).map(drop) } else { rules.make(socket) })
     }
 
-    /// Makes the table again whenever somebody removes it (a flush of the whole rule
-    /// set, as a restart of the node's firewall is), for as long as this is awaited.
+    /// Makes the table again whenever somebody else takes it away or something out of
+    /// it (a flush of the whole rule set, as a restart of the node's firewall is), for
+    /// as long as this is awaited.
     ///
     /// # Errors
     /// When the kernel can't be listened to; never `Ok`.
     pub async fn keep(&self) -> Result<()> {
         let events = Events::open()?;
+        let table = self.rules().table().to_owned();
         loop {
-            events.next().await?;
+            let change = events.next(&table).await?;
             let ports = self.clone();
-            crate::blocking("mend the table", move || {
-                let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
-                ports.rules().mend(&socket)
-            })
-            .await
-            .unwrap_or_else(|e| tracing::error!(error = %e, "host ports and masquerade are gone"));
+            match crate::blocking("mend the table", move || ports.mend(&change)).await {
+                Ok(false) => {}
+                Ok(true) => tokio::time::sleep(REPAIR_PAUSE).await,
+                Err(e) => tracing::error!(error = %e, "host ports and masquerade are gone"),
+            }
         }
+    }
+
+    fn mend(&self, change: &Change) -> Result<bool> {
+        // The lock comes first: who is at it has noted its socket when he is done.
+        let mut rules = self.rules();
+        let mut wire = self.inner.wire.lock().unwrap_or_else(PoisonError::into_inner);
+        let certain = match change {
+            Change::By(ports) if ports.iter().all(|p| wire.ports.contains(p)) => return Ok(false),
+            Change::By(_) => true,
+            Change::Unknown => false,
+        };
+        wire.with(|socket| rules.mend(socket, certain))
     }
 
     /// Removes the table where no pod has a port and nothing else needs it; true
@@ -220,11 +275,7 @@ impl HostPorts {
     /// Names the table.
     pub async fn release(&self) -> Result<bool> {
         let ports = self.clone();
-        crate::blocking("release the table", move || {
-            let socket = Socket::open(sys::netlink::Protocol::Netfilter)?;
-            ports.rules().release(&socket)
-        })
-        .await
+        crate::blocking("release the table", move || ports.change(|rules, socket| rules.release(socket))).await
     }
 
     /// The rules; blocking work on them is a few system calls.
@@ -248,13 +299,6 @@ fn let_loopback_in(pod: IpAddr) -> Result<()> {
         _ => {}
     }
     Ok(())
-}
-
-/// The ports work without it, but for peers that never pause.
-fn forget(socket: &Socket, udp: &[u16]) {
-    if let Err(e) = conntrack::forget(socket, rules::number(Protocol::Udp), udp) {
-        tracing::warn!(error = %e, "UDP peers that send all the time may go on to where the port led before");
-    }
 }
 
 fn udp_ports(all: &[Forward]) -> Vec<u16> {

@@ -18,8 +18,7 @@
 //! ```
 //!
 //! A pod's ports are elements of the maps, so that rules neither grow with the pods
-//! nor change with them; only `hairpin` is written anew, when a network comes or
-//! goes. Each change is one transaction. Where the kernel refuses a change because
+//! nor change with them; only `hairpin` is written anew, when a network comes. Each change is one transaction. Where the kernel refuses a change because
 //! somebody has altered the table, the table is made again, whole, likewise in one.
 
 use super::Forward;
@@ -42,13 +41,18 @@ pub(crate) struct Rules {
     /// Whose traffic to elsewhere is masqueraded.
     ranges: Vec<IpRange>,
     pods: BTreeMap<String, Vec<Forward>>,
-    /// The networks in the table's hairpin chains; `None` until it has been made.
-    standing: Option<BTreeSet<(Family, String)>>,
+    /// The networks in the table's hairpin chains, by their names; `None` until it has
+    /// been made.
+    standing: Option<BTreeMap<String, Net>>,
 }
 
 impl Rules {
     pub(crate) fn new(table: String, pods: BTreeMap<String, Vec<Forward>>) -> Self {
         Self { table, ranges: Vec::new(), pods, standing: None }
+    }
+
+    pub(crate) fn table(&self) -> &str {
+        &self.table
     }
 
     pub(crate) fn has(&self, pod_id: &str) -> bool {
@@ -112,7 +116,9 @@ impl Rules {
     /// Changes elements only; false where that can't be done.
     fn change(&mut self, socket: &Socket, gone: &Elements, new: &Elements) -> Result<bool> {
         let Some(standing) = &self.standing else { return Ok(false) };
-        let networks = self.networks();
+        // What has been named once stays: a pod's ports come and go, its network rarely.
+        let mut networks = self.networks();
+        networks.extend(standing.iter().map(|(name, net)| (name.clone(), *net)));
         let mut t = Transaction::new(&self.table);
         for (set, elements) in gone {
             t.del_elements(set, &elements.iter().cloned().collect::<Vec<_>>());
@@ -120,7 +126,7 @@ impl Rules {
         for (set, elements) in new {
             t.add_elements(set, &elements.iter().cloned().collect::<Vec<_>>());
         }
-        if *standing != keys(&networks) {
+        if standing.len() != networks.len() {
             for family in Family::BOTH {
                 t.flush_chain(&named("hairpin", family));
                 hairpin(&mut t, family, &networks);
@@ -129,7 +135,7 @@ impl Rules {
         if t.commit(socket)?.is_err() {
             return Ok(false);
         }
-        self.standing = Some(keys(&networks));
+        self.standing = Some(networks);
         Ok(true)
     }
 
@@ -158,20 +164,21 @@ impl Rules {
             t.add_elements(&set, &elements.into_iter().collect::<Vec<_>>());
         }
         t.commit(socket)??;
-        self.standing = Some(keys(&networks));
+        self.standing = Some(networks);
         Ok(())
     }
 
-    /// Makes a table anew that somebody has removed.
+    /// Makes a table anew that somebody else has removed or taken something out of:
+    /// `certain` says that this is known. True when there was a need.
     ///
     /// # Errors
     /// Names the message that the kernel refused.
-    pub(crate) fn mend(&mut self, socket: &Socket) -> Result<()> {
-        if self.standing.is_none() || nft::table_exists(socket, &self.table)? {
-            return Ok(());
+    pub(crate) fn mend(&mut self, socket: &Socket, certain: bool) -> Result<bool> {
+        if self.standing.is_none() || !certain && nft::table_exists(socket, &self.table)? {
+            return Ok(false);
         }
-        tracing::warn!(table = self.table, "somebody removed the nftables table; it is made again");
-        self.make(socket)
+        tracing::warn!(table = self.table, "somebody else changed the nftables table; it is made again");
+        self.make(socket).map(|()| true)
     }
 
     /// Removes the table where it would hold nothing.
@@ -198,11 +205,11 @@ impl Rules {
         self.ranges.clear();
     }
 
-    /// The networks of all pods with ports.
-    fn networks(&self) -> Vec<Net> {
-        let mut seen = BTreeSet::new();
+    /// The networks of our ranges and of all pods with ports, by their names.
+    fn networks(&self) -> BTreeMap<String, Net> {
+        let ranges = self.ranges.iter().map(|r| r.network());
         let targets = self.pods.values().flatten().map(|f| network_of(f.target));
-        targets.filter(|n| seen.insert(n.to_string())).collect()
+        ranges.chain(targets).map(|n| (n.to_string(), n)).collect()
     }
 
     fn postrouting(&self, t: &mut Transaction<'_>, family: Family) {
@@ -237,10 +244,6 @@ impl Rules {
         );
         t.add_rule(&leaving, Expressions::default().nat(family, Nat::Masquerade { scatter: true }));
     }
-}
-
-fn keys(networks: &[Net]) -> BTreeSet<(Family, String)> {
-    networks.iter().map(|n| (Family::of(n.address), n.to_string())).collect()
 }
 
 fn named(what: &str, family: Family) -> String {
@@ -300,10 +303,10 @@ fn hostports(t: &mut Transaction<'_>) {
 
 /// Whose answers would not come by the node otherwise: the node's own 127.0.0.1, the
 /// pod itself, and its neighbours in the same network.
-fn hairpin(t: &mut Transaction<'_>, family: Family, networks: &[Net]) {
+fn hairpin(t: &mut Transaction<'_>, family: Family, networks: &BTreeMap<String, Net>) {
     let chain = named("hairpin", family);
     let loopback = Net { address: [127, 0, 0, 0].into(), prefix: 8 };
-    let sources = networks.iter().copied().chain([loopback]);
+    let sources = networks.values().copied().chain([loopback]);
     for network in sources.filter(|n| Family::of(n.address) == family) {
         let rule = Expressions::default().family(family).source(family, R0);
         let rule = rule.within(R0, &octets(network.address), network.prefix);

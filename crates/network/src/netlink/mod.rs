@@ -17,7 +17,7 @@ pub(crate) mod qdisc;
 pub(crate) mod route;
 mod socket;
 
-pub(crate) use socket::{Refused, Socket};
+pub(crate) use socket::{Refused, Socket, messages};
 
 /// Flags of a request (`linux/netlink.h`).
 pub(crate) mod flags {

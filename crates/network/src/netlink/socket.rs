@@ -3,7 +3,7 @@
 use super::{Batch, HEADER, attribute, text_of, u16_at, u32_at};
 use ::types::{Error, ErrorKind, Result, ResultExt};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendFlags, netlink};
 use std::fmt;
 use sys::netlink::Protocol;
 
@@ -76,10 +76,8 @@ impl Socket {
         self.send(batch)?;
         // All answers have been queued by the time that sending returned.
         while let Some(part) = self.receive(RecvFlags::DONTWAIT)? {
-            for (kind, flags, sequence, body) in messages(&part) {
-                if kind == ERROR {
-                    refused.extend(refusal(batch, flags, sequence, body));
-                }
+            for m in messages(&part).filter(|m| m.kind == ERROR) {
+                refused.extend(refusal(batch, m.flags, m.sequence, m.body));
             }
         }
         Ok(refused)
@@ -98,15 +96,22 @@ impl Socket {
     pub(crate) fn ask(&self, question: &Batch, mut each: impl FnMut(u16, &[u8])) -> Result<Result<(), Refused>> {
         self.send(question)?;
         while let Some(part) = self.receive(RecvFlags::empty())? {
-            for (kind, flags, sequence, body) in messages(&part) {
-                match kind {
+            for m in messages(&part) {
+                match m.kind {
                     DONE => return Ok(Ok(())),
-                    ERROR => return Ok(refusal(question, flags, sequence, body).map_or(Ok(()), Err)),
-                    _ => each(kind, body),
+                    ERROR => return Ok(refusal(question, m.flags, m.sequence, m.body).map_or(Ok(()), Err)),
+                    kind => each(kind, m.body),
                 }
             }
         }
         Ok(Ok(()))
+    }
+
+    /// The number by which the kernel names this socket to others; 0 before its first
+    /// message.
+    pub(crate) fn port(&self) -> u32 {
+        let own = rustix::net::getsockname(&self.fd).ok();
+        own.and_then(|own| netlink::SocketAddrNetlink::try_from(own).ok()).map_or(0, |own| own.pid())
     }
 
     fn send(&self, batch: &Batch) -> Result<()> {
@@ -138,14 +143,30 @@ impl Socket {
     }
 }
 
-/// Type, flags, sequence number and body of each message.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u16, u32, &[u8])> {
+/// A message that came.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Message<'a> {
+    pub(crate) kind: u16,
+    flags: u16,
+    sequence: u32,
+    /// The socket that it answers, or that caused what it announces.
+    pub(crate) port: u32,
+    pub(crate) body: &'a [u8],
+}
+
+/// The messages in what was received.
+pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32_at(bytes, 0)?).ok()?;
-        let (kind, flags, sequence) = (u16_at(bytes, 4)?, u16_at(bytes, 6)?, u32_at(bytes, 8)?);
-        let body = bytes.get(HEADER..length)?;
+        let message = Message {
+            kind: u16_at(bytes, 4)?,
+            flags: u16_at(bytes, 6)?,
+            sequence: u32_at(bytes, 8)?,
+            port: u32_at(bytes, 12)?,
+            body: bytes.get(HEADER..length)?,
+        };
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, flags, sequence, body))
+        Some(message)
     })
 }
 

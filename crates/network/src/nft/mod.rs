@@ -10,7 +10,7 @@ mod expr;
 
 pub(crate) use expr::{Expressions, Family, Nat, R0, R1, R2, R4, R5, R6};
 
-use crate::netlink::{Batch, Refused, Socket, Writer, flags};
+use crate::netlink::{Batch, Refused, Socket, Writer, attribute, flags, messages, text_of};
 use ::types::Result;
 
 const BATCH_BEGIN: u16 = 16;
@@ -23,9 +23,11 @@ const NEW_TABLE: u16 = 0;
 const GET_TABLE: u16 = 1;
 const DEL_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
+const DEL_CHAIN: u16 = 5;
 const NEW_RULE: u16 = 6;
 const DEL_RULE: u16 = 8;
 const NEW_SET: u16 = 9;
+const DEL_SET: u16 = 11;
 const NEW_ELEMENTS: u16 = 12;
 const DEL_ELEMENTS: u16 = 14;
 
@@ -222,6 +224,16 @@ fn element(w: &mut Writer, element: &Element) {
     if let Some(value) = &element.value {
         w.nest(2, |w| w.attr(DATA_VALUE, value));
     }
+}
+
+/// The ports of the sockets through which something was taken out of a table, of the
+/// family inet, in what the kernel has announced.
+pub(crate) fn who_took_from(table: &str, announced: &[u8]) -> Vec<u32> {
+    let ends = [DEL_TABLE, DEL_CHAIN, DEL_RULE, DEL_SET, DEL_ELEMENTS].map(|kind| u16::from(NFTABLES) << 8 | kind);
+    let of_table = |body: &[u8]| {
+        body.first() == Some(&INET) && body.get(4..).and_then(|b| attribute(b, 1)).is_some_and(|n| text_of(n) == table)
+    };
+    messages(announced).filter(|m| ends.contains(&m.kind) && of_table(m.body)).map(|m| m.port).collect()
 }
 
 /// Whether a table of the family inet has this name.
