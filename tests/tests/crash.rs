@@ -369,11 +369,7 @@ async fn killed_at_every_step_the_daemon_loses_nothing_and_leaves_nothing() {
     assert!(unreached.is_empty(), "no life comes to these points; extend it: {unreached:?}");
 }
 
-// Open, about one run in two: a retried StartContainer meets a container id that runc
-// still knows ("container with given ID already exists"), or a container has ended that
-// nobody had stopped.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "finds open defects of creates that are under way when daemon and shim die"]
 async fn killed_at_random_instants_under_load_the_daemon_loses_nothing() {
     if not_with(Handler::GoShim, "it asks for our shim's pid by name") {
         return;

@@ -209,6 +209,12 @@ pub trait Runtime: Send + Sync + 'static {
     /// that is gone is success. `why` goes into the death certificate.
     async fn kill_task(&self, pod: &str, id: &str, signal: Signal, all: bool, why: &str) -> Result<()>;
 
+    /// Notes that the task counts as never made: its end is not told any more, and
+    /// `recover` undoes what is left of it and finds none. It comes before the undoing:
+    /// whoever follows a daemon that died in between would take the kill for the
+    /// container's own end. Unknown tasks are success.
+    async fn condemn_task(&self, pod: &str, id: &str) -> Result<()>;
+
     /// Deletes a stopped task, its mounts and its bundle. Unknown tasks are success.
     async fn delete_task(&self, pod: &str, id: &str) -> Result<()>;
 

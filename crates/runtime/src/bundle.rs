@@ -13,6 +13,7 @@
 //!       tasks/<container>/
 //!         config.json rootfs/       the OCI bundle
 //!         exit.json                 the death certificate, written before it is told
+//!         condemned                 it counts as never made, and is being undone
 //!         io.json out err           a foreign shim's FIFOs, and where they are logged
 //!         execs/<exec>/{out,err}    FIFOs of a running ExecSync; a marker, too:
 //!                                   what stands here after a restart is killed
@@ -26,6 +27,9 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use types::{Certificate, Error, ErrorKind, Result, ResultExt};
+
+/// The file in a task's bundle that says that it counts as never made.
+const CONDEMNED: &str = "condemned";
 
 /// Where everything lies.
 #[derive(Debug, Clone)]
@@ -157,6 +161,21 @@ pub(crate) fn make_task(dir: &Path, gid: Option<u32>, config_json: &str) -> Resu
     write_atomic(&dir.join("config.json"), config_json.as_bytes())
 }
 
+/// Notes that the task in this bundle counts as never made. No bundle is none.
+pub(crate) fn condemn(dir: &Path) -> Result<()> {
+    let path = dir.join(CONDEMNED);
+    match fs::OpenOptions::new().create(true).append(true).mode(0o600).open(&path) {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e).context(|| format!("write {}", path.display())),
+    }
+}
+
+/// Whether the task in this bundle counts as never made.
+pub(crate) fn is_condemned(dir: &Path) -> bool {
+    dir.join(CONDEMNED).exists()
+}
+
 /// Unmounts whatever is mounted on the bundle's rootfs, all layers of it.
 pub(crate) fn unmount_rootfs(dir: &Path) -> Result<()> {
     let rootfs = dir.join("rootfs");
@@ -172,7 +191,7 @@ pub(crate) fn unmount_rootfs(dir: &Path) -> Result<()> {
 }
 
 /// Removes a container's bundle, its mounts first: nothing is ever removed
-/// through a mount.
+/// through a mount. The certificate goes before what says that it counts for nothing.
 pub(crate) fn remove_task(dir: &Path) -> Result<()> {
     unmount_rootfs(dir)?;
     let rootfs = dir.join("rootfs");
@@ -180,6 +199,12 @@ pub(crate) fn remove_task(dir: &Path) -> Result<()> {
         Ok(()) => {}
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(e).context(|| format!("remove {}", rootfs.display())),
+    }
+    let exit = dir.join("exit.json");
+    match fs::remove_file(&exit) {
+        Ok(()) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e).context(|| format!("remove {}", exit.display())),
     }
     remove_tree(dir)
 }

@@ -297,6 +297,10 @@ impl Runtime for FakeRuntime {
         .await
     }
 
+    async fn condemn_task(&self, _pod: &str, _id: &str) -> Result<()> {
+        Ok(())
+    }
+
     async fn delete_task(&self, pod: &str, id: &str) -> Result<()> {
         let (pod, task) = (pod.to_string(), id.to_string());
         self.detached(Call::DeleteTask, id, move |s| {

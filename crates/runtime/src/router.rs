@@ -129,6 +129,13 @@ impl Runtime for Runtimes {
         }
     }
 
+    async fn condemn_task(&self, pod: &str, id: &str) -> Result<()> {
+        match self.find(pod) {
+            Some(backend) => backend.condemn_task(pod, id).await,
+            None => Ok(()),
+        }
+    }
+
     async fn delete_task(&self, pod: &str, id: &str) -> Result<()> {
         match self.find(pod) {
             Some(backend) => backend.delete_task(pod, id).await,

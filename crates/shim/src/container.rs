@@ -135,8 +135,9 @@ pub(crate) struct Owner {
     pub(crate) oom_told: u64,
     /// What Start needs of a container that comes from a checkpoint.
     pub(crate) restoring: Option<Restoring>,
-    /// Who waits for the container to be deleted; at most one.
-    pub(crate) deleting: Option<Reply<(i32, Certificate)>>,
+    /// Who waits for the container to be deleted: whoever asks while it is joins in, for
+    /// the first one may have died.
+    pub(crate) deleting: Vec<Reply<(i32, Certificate)>>,
 }
 
 impl Owner {
@@ -172,7 +173,7 @@ impl Owner {
             dying_since: None,
             oom_told: 0,
             restoring,
-            deleting: None,
+            deleting: Vec::new(),
         };
         owner.watch_init();
         owner.watch_oom();
@@ -338,7 +339,7 @@ impl Owner {
                     let event = self.exit_event(&container_id, self.machine.pid(), &exit);
                     events.publish(&event);
                     self.init.exit.send_replace(Some(exit));
-                    if self.deleting.is_some() {
+                    if !self.deleting.is_empty() {
                         self.delete_now();
                     }
                 }

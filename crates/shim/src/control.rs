@@ -11,8 +11,8 @@ use types::{Certificate, Error, ErrorKind, Result, Signal};
 
 impl Owner {
     pub(crate) fn delete_init(&mut self, reply: Reply<(i32, Certificate)>) {
-        if self.deleting.is_some() {
-            let _ = reply.send(Err(Error::precondition(format!("container {} is being deleted", self.id))));
+        if !self.deleting.is_empty() {
+            self.deleting.push(reply);
             return;
         }
         match self.machine.may_delete() {
@@ -20,12 +20,12 @@ impl Owner {
                 let _ = reply.send(Err(e));
             }
             Ok(true) => {
-                self.deleting = Some(reply);
+                self.deleting.push(reply);
                 self.delete_now();
             }
             Ok(false) => {
                 // Created and never started: its exit comes first.
-                self.deleting = Some(reply);
+                self.deleting.push(reply);
                 match &self.init.child {
                     Some(child) => {
                         let _ = child.signal(Signal::KILL);
@@ -62,12 +62,14 @@ impl Owner {
     /// The container is gone (true), or what is left of it stays to be deleted
     /// once more.
     pub(crate) fn deleted(&mut self, result: Result<()>) -> bool {
-        let Some(reply) = self.deleting.take() else { return false };
+        let waiters = std::mem::take(&mut self.deleting);
         let exit = match (result, self.machine.view()) {
             (Ok(()), View::Stopped(exit)) => exit,
             (Ok(()), _) => crate::state::plain(types::ExitStatus::Unknown(255), SystemTime::now()),
             (Err(e), _) => {
-                let _ = reply.send(Err(e));
+                for reply in waiters {
+                    let _ = reply.send(Err(e.copy()));
+                }
                 return false;
             }
         };
@@ -80,7 +82,9 @@ impl Owner {
             id: String::new(),
         }));
         self.shared.release(&self.id);
-        let _ = reply.send(Ok((pid, exit)));
+        for reply in waiters {
+            let _ = reply.send(Ok((pid, exit.clone())));
+        }
         true
     }
 

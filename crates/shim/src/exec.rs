@@ -173,7 +173,7 @@ impl Owner {
         for exec in self.execs.keys().filter(|e| self.machine.is_starting(e)) {
             all.push(format!("container {}: the OCI runtime is starting exec {exec}", self.id));
         }
-        if self.deleting.is_some() {
+        if !self.deleting.is_empty() {
             all.push(format!("container {}: it is being deleted", self.id));
         }
         all

@@ -101,12 +101,16 @@ pub async fn delete_task(ctx: &PodContext, id: &str) -> Result<()> {
     ctx.shared.bounded("deleting the task", ctx.shared.runtime.delete_task(&ctx.pod.id, id)).await
 }
 
-/// Ends whatever is left of a task: SIGKILL, its death, and then its deletion.
+/// Undoes a task that nobody shall have been told of: SIGKILL, its death, and then
+/// its deletion.
 ///
 /// # Errors
 /// What the runtime could not free.
 pub async fn end_task(ctx: &PodContext, id: &str, why: &str) -> Result<()> {
     let (shared, pod) = (&ctx.shared, &ctx.pod.id);
+    if let Err(e) = shared.runtime.condemn_task(pod, id).await {
+        tracing::warn!("container {id:.12}: {e}");
+    }
     let _ = shared.runtime.kill_task(pod, id, Signal::KILL, true, why).await;
     let dead = async {
         // Nobody has told us of this task, so nobody will tell of its end.

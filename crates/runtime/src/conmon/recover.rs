@@ -109,6 +109,10 @@ impl Inner {
         if !dir.exists() {
             return Ok(None);
         }
+        if bundle::is_condemned(&dir) {
+            self.remove_leftovers(&pod.id, id).await?;
+            return Ok(None);
+        }
         let record = match Record::load(&dir) {
             Ok(record) => record,
             Err(e) => {

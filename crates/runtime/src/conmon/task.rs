@@ -57,6 +57,8 @@ pub(crate) struct Task {
     /// The last signal that was sent, and why.
     killed: Mutex<Option<(Signal, String)>>,
     paused: AtomicBool,
+    /// It counts as never made: nobody is told of its end.
+    condemned: AtomicBool,
 }
 
 /// The processes of a container that has been created.
@@ -79,6 +81,7 @@ impl Task {
             exit: watch::Sender::new(None),
             killed: Mutex::default(),
             paused: AtomicBool::new(false),
+            condemned: AtomicBool::new(false),
         }
     }
 
@@ -120,6 +123,10 @@ impl Task {
             }
             first
         })
+    }
+
+    pub(crate) fn is_condemned(&self) -> bool {
+        self.condemned.load(Ordering::SeqCst)
     }
 
     pub(crate) fn set_paused(&self, paused: bool) {
@@ -191,6 +198,15 @@ impl Inner {
             live.cgroup.signal_all(signal);
         }
         Ok(())
+    }
+
+    /// The mark in memory and in the bundle, before anything of it is undone.
+    pub(super) async fn condemn_task(&self, pod: &str, id: &str) -> Result<()> {
+        if let Ok(task) = self.task(pod, id) {
+            task.condemned.store(true, Ordering::SeqCst);
+        }
+        let dir = self.bundle(pod, id);
+        blocking(move || bundle::condemn(&dir)).await
     }
 
     /// The state by the runtime's word, and by that of init's pidfd.

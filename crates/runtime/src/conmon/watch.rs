@@ -141,7 +141,7 @@ impl Inner {
         });
         let copy = ours.clone();
         let certificate = blocking(move || Ok(bundle::certify(&dir, ours))).await.unwrap_or(copy);
-        if task.end(certificate.clone()) {
+        if task.end(certificate.clone()) && !task.is_condemned() {
             self.tell(RuntimeEvent::Exited { pod: pod.id.clone(), container: task.id.clone(), certificate });
         }
     }

@@ -127,6 +127,10 @@ impl Inner {
             let options = options(&shim.handler, &task.config_json, spec.bundle_gid.is_some());
             return self.create_sandbox(&pod, &shim, spec, &task, options).await;
         }
+        // What could not be undone before, for it still had something to do.
+        if pod.task(&task.id).is_some_and(|t| t.is_condemned()) {
+            self.undo(&pod, &shim, &task.id).await?;
+        }
         let entry = Arc::new(Task::new(&task.id));
         pod.update(|s| {
             if s.tasks.contains_key(&task.id) {

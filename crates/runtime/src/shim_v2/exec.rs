@@ -1,10 +1,10 @@
 //! ExecSync (behaviours.md section 1).
 //!
 //! ```text
-//!  FIFOs ─► Exec ─► Wait (registered) ─► Start ─► exited ─► drained ─► Delete ─► answer
-//!                                          │         │         └ late: name who holds it, Delete
-//!                                          │         └ timeout, or the caller has gone:
-//!                                          └ failed: Delete      SIGKILL, wait, Delete
+//!  its turn ─► FIFOs ─► Exec ─► Wait (registered) ─► Start ─► exited ─► drained ─► Delete ─► answer
+//!                                                     │         │         └ late: name who holds it, Delete
+//!                                                     │         └ timeout, or the caller has gone:
+//!                                                     └ failed: Delete      SIGKILL, wait, Delete
 //! ```
 //!
 //! It runs in a task of the manager's, so it always comes to its Delete. The
@@ -70,17 +70,21 @@ impl Inner {
         pod: &str,
         container: &str,
         spec: ExecSyncSpec,
-        caller: oneshot::Receiver<()>,
+        mut caller: oneshot::Receiver<()>,
     ) -> Result<ExecOutput> {
         let (pod, shim) = self.reach(pod).await?;
         let mut id = types::new_id()?;
         id.truncate(ID_LENGTH);
         let dir = self.layout.exec(&pod.id, container, &id);
         let exec = Exec { inner: self.clone(), pod, shim, container: container.to_string(), id, dir };
+        // Before anything is done for it: what many execs at once do on threads of
+        // their own would keep the CPUs from the daemon's other calls.
+        let begun = Instant::now();
+        let permit = exec.queue(begun, &mut caller).await?;
         let d = exec.dir.clone();
         let readers = blocking(move || open(&d)).await;
         let out = match readers {
-            Ok(readers) => exec.run(spec, readers, caller).await,
+            Ok(readers) => exec.run(spec, readers, begun, permit, caller).await,
             Err(e) => Err(e),
         };
         let d = exec.dir.clone();
@@ -153,10 +157,15 @@ impl Exec {
         format!("{call} exec in container {}", self.container)
     }
 
-    async fn run(&self, spec: ExecSyncSpec, readers: Readers, mut caller: oneshot::Receiver<()>) -> Result<ExecOutput> {
-        let begun = Instant::now();
+    async fn run(
+        &self,
+        spec: ExecSyncSpec,
+        readers: Readers,
+        begun: Instant,
+        permit: SemaphorePermit<'_>,
+        mut caller: oneshot::Receiver<()>,
+    ) -> Result<ExecOutput> {
         self.make(spec.process_json).await?;
-        let permit = self.queue(begun, &mut caller).await?;
         let mut wait = pin!(async {
             let request = wire::WaitRequest { id: self.container.clone(), exec_id: self.id.clone() };
             call(Duration::ZERO, self.shim.task().wait(Duration::ZERO, request)).await
@@ -248,18 +257,15 @@ impl Exec {
     /// Waits for its turn to call the OCI runtime.
     async fn queue(&self, begun: Instant, caller: &mut oneshot::Receiver<()>) -> Result<SemaphorePermit<'_>> {
         let bound = self.shim.timeouts().create;
-        let e = tokio::select! {
-            permit = self.pod.runtime_calls.acquire() => match permit {
-                Ok(permit) => return Ok(permit),
-                Err(e) => Error::internal(self.what("queue")).because(e),
-            },
-            () = at(Some(begun + bound)) => {
-                Error::deadline(format!("{}: other execs took longer than {bound:?}", self.what("start")))
+        tokio::select! {
+            permit = self.pod.runtime_calls.acquire() => {
+                permit.map_err(|e| Error::internal(self.what("queue")).because(e))
             }
-            _ = caller => self.caller_gone(),
-        };
-        self.delete().await;
-        Err(e)
+            () = at(Some(begun + bound)) => {
+                Err(Error::deadline(format!("{}: other execs took longer than {bound:?}", self.what("start"))))
+            }
+            _ = caller => Err(self.caller_gone()),
+        }
     }
 
     /// Starts it, its Wait first. Returns its pid, and its end where that has

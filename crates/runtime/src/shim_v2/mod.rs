@@ -234,6 +234,12 @@ impl Runtime for ShimManager {
         detach!(self, what, inner, [pod, id, why], inner.kill_task(&pod, &id, signal, all, &why))
     }
 
+    async fn condemn_task(&self, pod: &str, id: &str) -> Result<()> {
+        types::check_identifier("pod id", pod)?;
+        types::check_identifier("container id", id)?;
+        detach!(self, format!("condemn container {id}"), inner, [pod, id], inner.condemn_task(&pod, &id))
+    }
+
     async fn delete_task(&self, pod: &str, id: &str) -> Result<()> {
         types::check_identifier("pod id", pod)?;
         types::check_identifier("container id", id)?;

@@ -106,6 +106,9 @@ impl Inner {
                 continue;
             }
             let task = Arc::new(Task::new(&id));
+            if bundle::is_condemned(&self.layout.task(&pod.id, &id)) {
+                task.condemn();
+            }
             if !shim.can("cri-log") {
                 match self.logs.resume(&self.layout.task(&pod.id, &id)).await {
                     Ok(logger) => task.set_logger(logger),
@@ -121,6 +124,15 @@ impl Inner {
         }
     }
 
+    /// Takes down what counts as never made, or belongs to no record.
+    pub(super) async fn undo(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>, id: &str) -> Result<()> {
+        self.condemn_task(&pod.id, id).await?;
+        self.kill_and_delete(pod, shim, id).await?;
+        pod.update(|s| s.tasks.remove(id));
+        let dir = self.layout.task(&pod.id, id);
+        blocking(move || bundle::remove_task(&dir)).await
+    }
+
     /// A container of a shim that lives.
     async fn recover_task(
         self: &Arc<Self>,
@@ -129,10 +141,9 @@ impl Inner {
         id: &str,
         wanted: bool,
     ) -> Result<Option<TaskState>> {
-        if !wanted {
-            self.kill_and_delete(pod, shim, id).await?;
-            let dir = self.layout.task(&pod.id, id);
-            blocking(move || bundle::remove_task(&dir)).await?;
+        let dir = self.layout.task(&pod.id, id);
+        if !wanted || bundle::is_condemned(&dir) {
+            self.undo(pod, shim, id).await?;
             return Ok(None);
         }
         let state = match self.ask_state(pod, shim, id).await {
@@ -143,10 +154,7 @@ impl Inner {
             // The shim still creates it for a daemon that has died: nobody has been
             // told that it came up, and whoever asked for its start asks again.
             Err(e) if e.kind() == ErrorKind::FailedPrecondition => {
-                self.kill_and_delete(pod, shim, id).await?;
-                pod.update(|s| s.tasks.remove(id));
-                let dir = self.layout.task(&pod.id, id);
-                blocking(move || bundle::remove_task(&dir)).await?;
+                self.undo(pod, shim, id).await?;
                 return Ok(None);
             }
             Err(e) => return Err(e),
@@ -179,7 +187,7 @@ impl Inner {
         // process to their delete.
         let root = self.handler_of(&pod.id).await.ok()?.runtime_root;
         let known = root.join(&self.cfg.namespace).join(id).exists();
-        let made = known || bundle::certificate(&dir).is_some();
+        let made = !bundle::is_condemned(&dir) && (known || bundle::certificate(&dir).is_some());
         let certificate = self.bury_task(&pod.id, id).await;
         if wanted && made {
             return pod.update(|s| {

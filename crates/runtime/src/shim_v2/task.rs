@@ -33,6 +33,8 @@ pub(crate) struct Task {
     made: AtomicBool,
     /// A Wait is outstanding that will tell its end.
     watched: AtomicBool,
+    /// It counts as never made: nobody is told of its end.
+    condemned: AtomicBool,
     /// Set once, and then told.
     exit: OnceLock<Certificate>,
     /// The kernel's OOM killer struck, as a foreign shim's event said.
@@ -74,6 +76,14 @@ impl Task {
 
     fn logger(&self) -> std::sync::MutexGuard<'_, Option<Logger>> {
         self.logger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_condemned(&self) -> bool {
+        self.condemned.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn condemn(&self) {
+        self.condemned.store(true, Ordering::SeqCst);
     }
 
     pub(crate) fn set_logger(&self, logger: Option<Logger>) {
@@ -195,7 +205,7 @@ impl Inner {
     /// Records a task's end and tells it, once.
     pub(super) fn ended(&self, pod: &Pod, task: &Task, certificate: Certificate) {
         let certificate = task.complete(certificate);
-        if task.exit.set(certificate.clone()).is_ok() {
+        if task.exit.set(certificate.clone()).is_ok() && !task.is_condemned() {
             self.tell(RuntimeEvent::Exited { pod: pod.id.clone(), container: task.id.clone(), certificate });
         }
     }
@@ -251,6 +261,15 @@ impl Inner {
             Err(_) if task.exit().is_some() => Ok(()),
             Err(e) => Err(e.within(&format!("send {signal} to container {id}"), bound)),
         }
+    }
+
+    /// The mark in memory and in the bundle, before anything of it is undone.
+    pub(super) async fn condemn_task(&self, pod: &str, id: &str) -> Result<()> {
+        if let Some(task) = self.find(pod).and_then(|p| p.task(id)) {
+            task.condemn();
+        }
+        let dir = self.layout.task(pod, id);
+        blocking(move || bundle::condemn(&dir)).await
     }
 
     /// SIGKILL, wait, delete: for what must go. An unknown task is success.
