@@ -73,11 +73,12 @@ async fn serve(config: Config) -> Result<()> {
     let mut int = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
     // The state directory must let a user-namespaced pod's root pass to its bundle
     // (CVE-2024-25621 asks for no more than that); the root nobody.
-    make_dir(&config.root, 0o700)?;
-    make_dir(&config.state, 0o711)?;
+    make_dir(&config.root, 0o700, "--root")?;
+    make_dir(&config.state, 0o711, "--state")?;
     let _locks = (lock(&config.root, "--root")?, lock(&config.state, "--state")?);
 
-    let store = Store::open(&config.root.join("db")).context("open the database")?;
+    let store =
+        Store::open_with_copy(&config.root.join("db"), &config.state.join("db")).context("open the database")?;
     let snapshots = Overlay::open(&config.root.join("snapshots"), store.clone()).await?;
     let snapshots: Arc<dyn Snapshotter> = Arc::new(snapshots);
     let images = Images::open(images_config(&config), store.clone(), snapshots.clone()).await?;
@@ -132,9 +133,24 @@ async fn serve(config: Config) -> Result<()> {
     Ok(())
 }
 
-fn make_dir(dir: &Path, mode: u32) -> Result<()> {
-    DirBuilder::new().recursive(true).mode(mode).create(dir).with_context(|| format!("make {}", dir.display()))?;
-    std::fs::set_permissions(dir, Permissions::from_mode(mode)).with_context(|| format!("chmod {}", dir.display()))
+fn make_dir(dir: &Path, mode: u32, flag: &str) -> Result<()> {
+    let made = DirBuilder::new().recursive(true).mode(mode).create(dir);
+    made.and_then(|()| std::fs::set_permissions(dir, Permissions::from_mode(mode)))
+        // It may have the mode already, and be closed to writing all the same.
+        .and_then(|()| File::create(dir.join("lock")).map(drop))
+        .with_context(|| match writable(dir) {
+            true => format!("make {}", dir.display()),
+            false => format!(
+                "{} can't be written to: mount it for writing (mount -o remount,rw …), or choose another {flag}",
+                dir.display()
+            ),
+        })
+}
+
+/// Whether the file system that a directory lies on, or will lie on, takes changes.
+fn writable(dir: &Path) -> bool {
+    let there = dir.ancestors().find(|d| d.exists()).unwrap_or(dir);
+    rustix::fs::statvfs(there).is_ok_and(|s| !s.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
 }
 
 /// Two daemons on one directory would each remove what the other made.

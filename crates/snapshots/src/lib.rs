@@ -133,6 +133,10 @@ pub trait Snapshotter: Send + Sync + std::fmt::Debug {
     /// The disk use of all snapshots.
     async fn total_usage(&self) -> Result<TotalUsage>;
 
+    /// Removes directories of snapshots that have no record and that nothing is
+    /// mounted from, and gives their paths.
+    async fn clear_leftovers(&self) -> Result<Vec<PathBuf>>;
+
     /// The keys of all containers' snapshots, so that a recovery can remove
     /// those that no container has.
     async fn list(&self) -> Result<Vec<String>>;

@@ -10,7 +10,9 @@
 //! The record is made before the directory. A layer's record is removed before
 //! its directory, so that nobody builds on half of it; otherwise the directory
 //! goes first. At the next opening a directory without a record is a leftover
-//! and a record without a directory a lie: both are removed then, drafts too.
+//! and a record without a directory a lie: both are removed then, drafts too. But a
+//! directory that is part of a mount stays, for a container runs on it whose record
+//! was lost.
 //!
 //! In a layer, a removed name is a character device 0:0 and a replaced directory
 //! has `trusted.overlay.opaque=y`.
@@ -19,7 +21,7 @@ use crate::{Draft, Hold, Holds, IdMap, KeyLocks, Mount, Snapshotter, TotalUsage,
 use async_trait::async_trait;
 use fault::Step;
 use rustix::fs::{Gid, Mode, Uid};
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,6 +76,7 @@ impl Overlay {
             index_off: Path::new("/sys/module/overlay/parameters/index").exists(),
         };
         let overlay = Overlay { inner: Arc::new(inner) };
+        overlay.inner.forget_halves().await?;
         overlay.inner.clear_leftovers().await?;
         Ok(overlay)
     }
@@ -93,6 +96,39 @@ fn now_ns() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX))
 }
 
+/// The directories that we may have made ourselves, by number.
+fn numbered(root: &Path) -> Result<Vec<i64>> {
+    let entries = std::fs::read_dir(root).context(|| format!("read {}", root.display()))?;
+    let names = entries.flatten().filter_map(|e| e.file_name().into_string().ok());
+    Ok(names.filter(|n| n.bytes().all(|b| b.is_ascii_digit())).filter_map(|n| n.parse().ok()).collect())
+}
+
+/// The snapshots that are part of a mount on this node.
+fn in_use(root: &Path) -> Result<HashSet<i64>> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").context(|| "read the node's mounts".into())?;
+    Ok(in_mounts(root, &table))
+}
+
+/// Snapshots in a mountinfo: in an overlay's options, or bound.
+fn in_mounts(root: &Path, table: &str) -> HashSet<i64> {
+    let mut used = HashSet::new();
+    let here = format!("{}/", root.display());
+    for line in table.lines() {
+        for part in line.split([':', ',', '=', ' ']) {
+            let number = part.strip_prefix(&here).and_then(|rest| rest.split('/').next());
+            used.extend(number.and_then(|n| n.parse::<i64>().ok()));
+        }
+        // What is bound is named from its file system's root on.
+        let Some(bound) = line.split(' ').nth(3).map(|p| p.trim_start_matches('/')) else { continue };
+        if let Some((parents, number)) = bound.strip_suffix("/fs").and_then(|p| p.rsplit_once('/'))
+            && root.ends_with(parents)
+        {
+            used.extend(number.parse::<i64>().ok());
+        }
+    }
+    used
+}
+
 fn unknown(key: &str) -> Error {
     Error::not_found(format!("there is no snapshot {key}"))
 }
@@ -106,30 +142,47 @@ impl Inner {
         self.dir(id).join("fs")
     }
 
-    async fn clear_leftovers(&self) -> Result<()> {
-        let mut known = HashMap::new();
+    /// Forgets drafts and what has no directory any more.
+    async fn forget_halves(&self) -> Result<()> {
         for record in self.store.snapshots().await? {
             if record.kind == SnapshotKind::Draft || !self.fs(record.id).is_dir() {
                 tracing::warn!(snapshot = record.key, id = record.id, "removing an unfinished snapshot");
                 self.store.forget_snapshot(record.id).await?;
-            } else {
-                known.insert(record.id.to_string(), ());
             }
+        }
+        Ok(())
+    }
+
+    /// Removes directories without a record, and gives their paths.
+    async fn clear_leftovers(&self) -> Result<Vec<PathBuf>> {
+        // Listed before the records, which are made first: what is being made has one.
+        let root = self.root.clone();
+        let dirs = blocking(move || numbered(&root)).await?;
+        // Numbers are never used twice, also where the record of one was lost.
+        if let Some(last) = dirs.iter().max() {
+            self.store.reserve_snapshots(*last).await?;
+        }
+        let known: HashSet<i64> = self.store.snapshots().await?.into_iter().map(|r| r.id).collect();
+        let left: Vec<i64> = dirs.into_iter().filter(|id| !known.contains(id)).collect();
+        if left.is_empty() {
+            return Ok(Vec::new());
         }
         let root = self.root.clone();
         blocking(move || {
-            let entries = std::fs::read_dir(&root).context(|| format!("read {}", root.display()))?;
-            for entry in entries.flatten() {
-                let name = entry.file_name().to_string_lossy().into_owned();
-                // Only what we may have made ourselves.
-                if name.bytes().all(|b| b.is_ascii_digit())
-                    && !known.contains_key(&name)
-                    && let Err(error) = tree::remove(&entry.path())
-                {
-                    tracing::error!(%error, "a leftover snapshot stays");
+            let used = in_use(&root)?;
+            let mut removed = Vec::new();
+            for id in left {
+                let dir = root.join(id.to_string());
+                if used.contains(&id) {
+                    tracing::warn!(dir = %dir.display(), "a snapshot without a record is in use, and stays");
+                    continue;
+                }
+                match tree::remove(&dir) {
+                    Ok(()) => removed.push(dir),
+                    Err(error) => tracing::error!(%error, "a leftover snapshot stays"),
                 }
             }
-            Ok(())
+            Ok(removed)
         })
         .await
     }
@@ -452,8 +505,29 @@ impl Snapshotter for Overlay {
         .await
     }
 
+    async fn clear_leftovers(&self) -> Result<Vec<PathBuf>> {
+        let inner = self.inner.clone();
+        detached(async move { inner.clear_leftovers().await }).await
+    }
+
     async fn list(&self) -> Result<Vec<String>> {
         let all = self.inner.store.snapshots().await?;
         Ok(all.into_iter().filter(|s| s.kind == SnapshotKind::Active).map(|s| s.key).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_mounted_is_in_use() {
+        let table = "36 35 0:40 / /s/b/rootfs rw - overlay overlay rw,lowerdir=/r/snapshots/3/fs:/r/snapshots/2/fs,\
+                     upperdir=/r/snapshots/7/fs,workdir=/r/snapshots/7/work\n\
+                     37 35 8:1 /deep/r/snapshots/9/fs /s/c/rootfs rw - ext4 /dev/sda rw\n\
+                     38 35 8:1 /other/snapshots/11/fs /x rw - ext4 /dev/sda rw\n\
+                     39 35 8:1 / /r rw - ext4 /dev/sda rw,a=/r/snapshotsx/5\n";
+        assert_eq!(in_mounts(Path::new("/r/snapshots"), table), HashSet::from([2, 3, 7]));
+        assert_eq!(in_mounts(Path::new("/m/deep/r/snapshots"), table), HashSet::from([9]));
     }
 }

@@ -44,6 +44,15 @@ impl Ballast {
         }
     }
 
+    /// The same before there is a writer, where the disk has no room at all; false if
+    /// that is not what is the matter.
+    pub(crate) fn give_up_in(dir: &Path) -> bool {
+        let path = dir.join("ballast");
+        let held = std::fs::metadata(&path).is_ok_and(|m| m.len() >= SIZE);
+        let mut ballast = Self { path, held };
+        ballast.disk_is_tight() && ballast.give_up()
+    }
+
     /// Makes it again once there is room.
     pub(crate) fn restore(&mut self) {
         if self.held || self.free() < COMFORT {

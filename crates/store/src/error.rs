@@ -16,13 +16,16 @@ pub trait SqlExt<T> {
 
 impl<T> SqlExt<T> for rusqlite::Result<T> {
     fn sql(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|e| {
-            let error = Error::new(kind(&e), what());
-            match error.kind() {
-                ErrorKind::ResourceExhausted => error.because(e).hint("the disk is full: free some space"),
-                _ => error.because(e),
-            }
-        })
+        self.map_err(|e| told(e, what()))
+    }
+}
+
+/// The error that `what` failed with.
+pub(crate) fn told(e: rusqlite::Error, what: String) -> Error {
+    let error = Error::new(kind(&e), what);
+    match error.kind() {
+        ErrorKind::ResourceExhausted => error.because(e).hint("the disk is full: free some space"),
+        _ => error.because(e),
     }
 }
 

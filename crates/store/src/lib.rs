@@ -4,7 +4,9 @@
 //! <dir>/longshore.db        0600, in a directory of 0700
 //! <dir>/longshore.db-wal    anyone may read along with sqlite3 while we run
 //! <dir>/longshore.db-shm
+//! <dir>/longshore.db.damaged-<time>   one that was damaged, kept for people to look at
 //! <dir>/ballast             4 MiB, given up when the disk is full
+//! <copies>/copy.db          the same records once more, for when the first is damaged
 //! ```
 //!
 //! Pods and containers commit with `synchronous=NORMAL`: that survives a crash
@@ -16,10 +18,13 @@
 //! that can't be parsed costs its caller one record and not the list.
 
 mod ballast;
+mod copy;
 mod error;
 mod images;
+mod mark;
 mod meta;
 mod network;
+mod open;
 mod pods;
 mod schema;
 mod snapshots;
@@ -28,15 +33,15 @@ mod writer;
 pub use error::SqlExt;
 pub use images::{ImageRecord, ManifestRecord};
 pub use network::{AddressRange, AddressWish, NetworkClaims, PortClaim};
+pub use open::{Restored, examine, set_aside};
 pub use pods::{ContainerRecord, PodRecord};
 pub use snapshots::{SnapshotKind, SnapshotRecord};
 
 use rusqlite::{Connection, OpenFlags, Transaction};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use types::{Error, Result, ResultExt};
+use types::{Error, Result};
 use writer::{Purpose, Writer};
 
 /// The database's file name inside its directory.
@@ -63,6 +68,7 @@ pub struct Store {
 
 struct Inner {
     path: PathBuf,
+    restored: Option<Restored>,
     writer: Writer,
     readers: Mutex<Vec<Connection>>,
 }
@@ -76,35 +82,34 @@ impl std::fmt::Debug for Store {
 impl Store {
     /// Opens or makes the database in `dir`, and brings its schema forward.
     ///
-    /// A database of a newer release is opened as it is: migrations only add.
+    /// A database of a newer release is opened as it is: migrations only add. A damaged
+    /// one is put aside, and an empty one begun.
     ///
     /// # Errors
-    /// When the directory or the file can't be made or read, or is no database.
+    /// When the directory or the file can't be made, read or written.
     pub fn open(dir: &Path) -> Result<Store> {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .context(|| format!("make the database's directory {}", dir.display()))?;
-        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
-            .context(|| format!("close {} to other users", dir.display()))?;
+        Self::begin(dir, None)
+    }
+
+    /// The same, with a copy of all records in the directory `copies`, from which a
+    /// damaged database is restored.
+    ///
+    /// # Errors
+    /// As [`Store::open`]; a copy that can't be made is logged, and tried again.
+    pub fn open_with_copy(dir: &Path, copies: &Path) -> Result<Store> {
+        Self::begin(dir, Some(copies))
+    }
+
+    fn begin(dir: &Path, copies: Option<&Path>) -> Result<Store> {
+        let (connection, mark, restored) = open::open(dir, copies)?;
+        let writer = Writer::start(connection, dir, copies, mark.sequence)?;
         let path = dir.join(FILE_NAME);
-        // SQLite gives its -wal and -shm files the mode of the database itself.
-        std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .context(|| format!("open the database {}", path.display()))?;
-        let mut connection = connect(&path, false)?;
-        connection
-            .pragma_update(None, "journal_mode", "WAL")
-            .and_then(|()| connection.pragma_update(None, "synchronous", "NORMAL"))
-            .sql(|| format!("set up the database {}", path.display()))?;
-        schema::migrate(&mut connection).map_err(|e| e.within(path.display()))?;
-        let writer = Writer::start(connection, dir)?;
-        Ok(Store { inner: Arc::new(Inner { path, writer, readers: Mutex::new(Vec::new()) }) })
+        Ok(Store { inner: Arc::new(Inner { path, restored, writer, readers: Mutex::new(Vec::new()) }) })
+    }
+
+    /// That this opening found a damaged database, and what became of it.
+    pub fn restored(&self) -> Option<&Restored> {
+        self.inner.restored.as_ref()
     }
 
     /// Where the database is.
@@ -154,7 +159,7 @@ impl Store {
             let idle = inner.readers.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let connection = match idle {
                 Some(c) => c,
-                None => connect(&inner.path, true)?,
+                None => connect(&inner.path, true).sql(|| format!("open the database {}", inner.path.display()))?,
             };
             let result = f(&connection);
             let mut readers = inner.readers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -169,20 +174,18 @@ impl Store {
     /// Carries out what has been sent so far and closes the writer; later
     /// writes through other clones are refused. Blocks until it is done.
     pub fn close(self) {
-        self.inner.writer.stop();
+        // The writer last: whoever is last brings the log into the database, which readers can't.
         self.inner.readers.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.inner.writer.stop();
     }
 }
 
 /// A connection with the settings that all of ours share.
-fn connect(path: &Path, read_only: bool) -> Result<Connection> {
+fn connect(path: &Path, read_only: bool) -> rusqlite::Result<Connection> {
     let access = if read_only { OpenFlags::SQLITE_OPEN_READ_ONLY } else { OpenFlags::SQLITE_OPEN_READ_WRITE };
-    let connection = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)
-        .sql(|| format!("open the database {}", path.display()))?;
-    connection
-        .busy_timeout(BUSY_TIMEOUT)
-        // 512 KiB of pages: the whole of a usual node's database, and little to idle with.
-        .and_then(|()| connection.pragma_update(None, "cache_size", -512))
-        .sql(|| format!("set up the database {}", path.display()))?;
+    let connection = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    // 512 KiB of pages: the whole of a usual node's database, and little to idle with.
+    connection.pragma_update(None, "cache_size", -512)?;
     Ok(connection)
 }

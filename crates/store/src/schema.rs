@@ -5,9 +5,7 @@
 //! number than its own leaves the schema alone, since what it knows is still
 //! there. So never drop, rename or retype: add tables, and columns with defaults.
 
-use crate::SqlExt;
 use rusqlite::Connection;
-use types::Result;
 
 const STEPS: &[&str] = &[
     "
@@ -100,20 +98,25 @@ CREATE INDEX ports_of_pod ON host_ports (pod_id);
 ",
 ];
 
-/// Brings `connection`'s schema forward, each step in its own transaction.
-pub(crate) fn migrate(connection: &mut Connection) -> Result<()> {
-    let version: i64 =
-        connection.query_row("PRAGMA user_version", [], |row| row.get(0)).sql(|| "read the schema's version".into())?;
+/// Brings `connection`'s schema forward, each step in its own transaction; a failure
+/// comes with what it was about.
+pub(crate) fn migrate(connection: &mut Connection) -> Result<(), (String, rusqlite::Error)> {
+    let version: i64 = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(|e| ("read the schema's version".into(), e))?;
     let done = usize::try_from(version).unwrap_or(0);
     for (index, step) in STEPS.iter().enumerate().skip(done) {
         let number = index + 1;
-        let what = || format!("migrate the schema to version {number}");
-        let transaction = connection.transaction().sql(what)?;
-        transaction.execute_batch(step).sql(what)?;
-        transaction.pragma_update(None, "user_version", i64::try_from(number).unwrap_or(i64::MAX)).sql(what)?;
-        transaction.commit().sql(what)?;
+        one(connection, step, number).map_err(|e| (format!("migrate the schema to version {number}"), e))?;
     }
     Ok(())
+}
+
+fn one(connection: &mut Connection, step: &str, number: usize) -> rusqlite::Result<()> {
+    let transaction = connection.transaction()?;
+    transaction.execute_batch(step)?;
+    transaction.pragma_update(None, "user_version", i64::try_from(number).unwrap_or(i64::MAX))?;
+    transaction.commit()
 }
 
 #[cfg(test)]

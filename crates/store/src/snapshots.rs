@@ -178,6 +178,28 @@ impl Store {
         .await
     }
 
+    /// Sees to it that new snapshots get numbers above `last`.
+    ///
+    /// # Errors
+    /// When it can't be committed.
+    pub async fn reserve_snapshots(&self, last: i64) -> Result<()> {
+        self.write_end(Durability::Normal, move |t| {
+            let what = || format!("reserve the numbers of snapshots up to {last}");
+            let now: Option<i64> = t
+                .query_row("SELECT seq FROM sqlite_sequence WHERE name='snapshots'", [], |row| row.get(0))
+                .optional()
+                .sql(what)?;
+            let statement = match now {
+                Some(now) if now >= last => return Ok(()),
+                Some(_) => "UPDATE sqlite_sequence SET seq=?1 WHERE name='snapshots'",
+                None => "INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', ?1)",
+            };
+            t.execute(statement, [last]).sql(what)?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Every snapshot, in the order they were made.
     ///
     /// # Errors

@@ -3,10 +3,12 @@
 //! ```text
 //! Store::write ──mpsc──▶ thread: [PRAGMA synchronous] BEGIN IMMEDIATE, f, COMMIT
 //!      ▲                            │ disk full: give up the ballast, once more
+//!      │                            │ changed anything: the same in the copy
 //!      └────────oneshot─────────────┘
 //! ```
 
 use crate::ballast::Ballast;
+use crate::copy::Copy;
 use crate::{Durability, SqlExt};
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 use std::path::Path;
@@ -37,8 +39,11 @@ enum Message {
 }
 
 /// A transaction whose result type is hidden from the thread.
-trait Job: Send {
+pub(crate) trait Job: Send {
+    /// Runs it for its answer.
     fn run(&mut self, transaction: &Transaction<'_>) -> Result<()>;
+    /// Runs it once more for its changes alone.
+    fn repeat(&mut self, transaction: &Transaction<'_>) -> Result<()>;
     fn finish(self: Box<Self>, outcome: Result<()>);
 }
 
@@ -58,6 +63,10 @@ where
         Ok(())
     }
 
+    fn repeat(&mut self, transaction: &Transaction<'_>) -> Result<()> {
+        (self.f)(transaction).map(drop)
+    }
+
     fn finish(self: Box<Self>, outcome: Result<()>) {
         let result = match (outcome, self.value) {
             (Ok(()), Some(value)) => Ok(value),
@@ -70,9 +79,11 @@ where
 }
 
 impl Writer {
-    pub(crate) fn start(connection: Connection, dir: &Path) -> Result<Self> {
+    /// Starts it on a database that has seen `sequence` changes.
+    pub(crate) fn start(connection: Connection, dir: &Path, copies: Option<&Path>, sequence: i64) -> Result<Self> {
         let (queue, requests) = channel();
-        let mut state = State { connection, ballast: Ballast::new(dir), durability: Durability::Normal };
+        let (ballast, copy) = (Ballast::new(dir), copies.map(Copy::new));
+        let mut state = State { connection, ballast, copy, durability: Durability::Normal, sequence };
         let thread = std::thread::Builder::new()
             .name("store-writer".into())
             .spawn(move || state.serve(&requests))
@@ -115,11 +126,17 @@ pub(crate) fn closed() -> Error {
 struct State {
     connection: Connection,
     ballast: Ballast,
+    copy: Option<Copy>,
     durability: Durability,
+    /// Of transactions that changed anything.
+    sequence: i64,
 }
 
 impl State {
     fn serve(&mut self, requests: &Receiver<Message>) {
+        if let Some(copy) = &mut self.copy {
+            copy.make(&self.connection);
+        }
         while let Ok(Message::Run(durability, purpose, mut job)) = requests.recv() {
             let mut outcome = self.attempt(durability, job.as_mut());
             if let Err(error) = &outcome
@@ -129,15 +146,22 @@ impl State {
             {
                 outcome = self.attempt(durability, job.as_mut());
             }
+            // Before the answer: who has it may count on the record.
+            if let Ok(changes @ 1..) = outcome
+                && let Some(copy) = &mut self.copy
+            {
+                copy.follow(&self.connection, job.as_mut(), self.sequence, changes);
+            }
             let committed = outcome.is_ok();
-            job.finish(outcome);
+            job.finish(outcome.map(drop));
             if committed {
                 self.ballast.restore();
             }
         }
     }
 
-    fn attempt(&mut self, durability: Durability, job: &mut dyn Job) -> Result<()> {
+    /// Commits it, and gives the number of rows that it changed.
+    fn attempt(&mut self, durability: Durability, job: &mut dyn Job) -> Result<u64> {
         if durability != self.durability {
             let level = match durability {
                 Durability::Normal => "NORMAL",
@@ -148,12 +172,21 @@ impl State {
                 .sql(|| format!("set the database's synchronous mode to {level}"))?;
             self.durability = durability;
         }
+        let before = self.connection.total_changes();
         let transaction = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .sql(|| "begin a database transaction".into())?;
         job.run(&transaction)?;
-        fault::during(fault::Step::StoreCommit, || transaction.commit().sql(|| "commit to the database".into()))
+        let changes = transaction.total_changes() - before;
+        if changes > 0 {
+            crate::mark::set_sequence(&transaction, self.sequence + 1)?;
+        }
+        fault::during(fault::Step::StoreCommit, || transaction.commit().sql(|| "commit to the database".into()))?;
+        if changes > 0 {
+            self.sequence += 1;
+        }
+        Ok(changes)
     }
 
     /// SQLite reports a full disk as `SQLITE_FULL` or, from the shared-memory

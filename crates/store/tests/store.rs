@@ -52,6 +52,127 @@ async fn records_survive_a_reopening_and_names_are_unique() {
     assert_eq!(store.timeline("a").await.unwrap(), None);
 }
 
+/// What is done to a database file while nobody has it open, and a word of the reason
+/// that is told then.
+type Damage = (&'static str, fn(&Path), &'static str);
+
+const DAMAGES: [Damage; 8] = [
+    ("a garbage header", |db| overwrite(db, 0, 100), "not a database"),
+    ("garbage in a page", |db| overwrite(db, 5000, 3000), ""),
+    ("cut off in the middle", |db| cut(db, db.metadata().unwrap().len() / 2), ""),
+    ("empty", |db| cut(db, 0), "it is gone"),
+    ("gone", |db| std::fs::remove_file(db).unwrap(), "it is gone"),
+    ("an older version than it has", |db| sql(db, "PRAGMA user_version = 1"), "already exists"),
+    ("a table is missing", |db| sql(db, "DROP TABLE image_refs"), "image_refs"),
+    (
+        "its last changes are lost",
+        |db| sql(db, "DELETE FROM pods; UPDATE meta SET value = '3' WHERE key = 'sequence'"),
+        "changes are missing",
+    ),
+];
+
+fn overwrite(db: &Path, at: u64, len: usize) {
+    use std::os::unix::fs::FileExt;
+    let garbage: Vec<u8> = (0..len).map(|n| (n % 251) as u8).collect();
+    std::fs::File::options().write(true).open(db).unwrap().write_all_at(&garbage, at).unwrap();
+}
+
+fn cut(db: &Path, len: u64) {
+    std::fs::File::options().write(true).open(db).unwrap().set_len(len).unwrap();
+}
+
+fn sql(db: &Path, text: &str) {
+    Connection::open(db).unwrap().execute_batch(text).unwrap();
+}
+
+#[tokio::test]
+async fn a_damaged_database_is_restored_from_its_copy_and_kept_aside() {
+    for (what, damage, says) in DAMAGES {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, copies) = (dir.path().join("db"), dir.path().join("state/db"));
+        let store = Store::open_with_copy(&db, &copies).unwrap();
+        assert_eq!(store.restored(), None);
+        for n in 0..20 {
+            store.put_pod(pod(&format!("p{n}"), &format!("ns/{n}"))).await.unwrap();
+        }
+        store.put_pod(pod("twice", "ns/0")).await.unwrap_err();
+        store.delete_pod("p3").await.unwrap();
+        store.add_snapshot("layer", SnapshotKind::Draft, None, 1).await.unwrap();
+        let layer = store.add_snapshot("layer", SnapshotKind::Draft, None, 1).await.unwrap();
+        store.commit_snapshot(layer.id, 10, 1).await.unwrap();
+        let top = store.add_snapshot("c", SnapshotKind::Active, Some("layer"), 2).await.unwrap();
+        let (pods, snapshots) = (store.pods().await.unwrap(), store.snapshots().await.unwrap());
+        store.close();
+
+        damage(&db.join(FILE_NAME));
+        let store = Store::open_with_copy(&db, &copies).unwrap();
+        let restored = store.restored().unwrap_or_else(|| panic!("{what}: it is damaged")).clone();
+        assert!(restored.complete && restored.why.contains(says), "{what}: {restored:?}");
+        let kept = longshore_store::set_aside(&db);
+        assert_eq!(restored.aside.iter().cloned().collect::<Vec<_>>(), kept, "{what}");
+        assert_eq!(kept.len(), usize::from(!["gone", "empty"].contains(&what)), "{what}");
+        assert_eq!((store.pods().await.unwrap(), store.snapshots().await.unwrap()), (pods, snapshots), "{what}");
+        longshore_store::examine(&db).unwrap();
+        // It goes on as if nothing had been: numbers are not given twice.
+        let next = store.add_snapshot("d", SnapshotKind::Active, Some("layer"), 3).await.unwrap();
+        assert!(next.id > top.id, "{what}");
+        store.close();
+        assert_eq!(Store::open_with_copy(&db, &copies).unwrap().restored(), None, "{what}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_copy_an_empty_database_is_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    let (db, copies) = (dir.path().join("db"), dir.path().join("state/db"));
+    let store = Store::open_with_copy(&db, &copies).unwrap();
+    store.put_pod(pod("a", "a")).await.unwrap();
+    store.close();
+    for _ in 0..5 {
+        overwrite(&db.join(FILE_NAME), 0, 4096);
+        overwrite(&copies.join("copy.db"), 0, 4096);
+        let store = Store::open_with_copy(&db, &copies).unwrap();
+        let restored = store.restored().unwrap();
+        assert!(!restored.complete && restored.aside.is_some(), "{restored:?}");
+        assert_eq!(store.pods().await.unwrap(), []);
+        store.put_pod(pod("b", "b")).await.unwrap();
+        store.close();
+    }
+    assert_eq!(longshore_store::set_aside(&db).len(), 3, "the newest are kept");
+}
+
+#[tokio::test]
+async fn a_copy_that_fell_behind_is_made_anew_and_another_databases_is_not_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let (db, copies) = (dir.path().join("db"), dir.path().join("copies"));
+    // Nothing can be made below a file.
+    std::fs::write(&copies, "").unwrap();
+    let store = Store::open_with_copy(&db, &copies).unwrap();
+    store.put_pod(pod("a", "a")).await.unwrap();
+    store.close();
+    std::fs::remove_file(&copies).unwrap();
+    let store = Store::open_with_copy(&db, &copies).unwrap();
+    // Behind our back: what then fails there brings a new copy.
+    store.put_pod(pod("b", "b")).await.unwrap();
+    sql(&copies.join("copy.db"), "DELETE FROM pods");
+    store.update_pod_state("a", "new".into()).await.unwrap();
+    store.close();
+    cut(&db.join(FILE_NAME), 0);
+    let store = Store::open_with_copy(&db, &copies).unwrap();
+    assert!(store.restored().unwrap().complete);
+    let states: Vec<String> = store.pods().await.unwrap().into_iter().map(|p| p.state_json).collect();
+    assert_eq!(states, ["new", "{}"]);
+    store.close();
+
+    let other = dir.path().join("other");
+    let store = Store::open(&other).unwrap();
+    store.put_pod(pod("theirs", "t")).await.unwrap();
+    store.close();
+    let store = Store::open_with_copy(&other, &copies).unwrap();
+    assert_eq!(store.restored(), None);
+    assert_eq!(store.pods().await.unwrap()[0].id, "theirs");
+}
+
 #[tokio::test]
 async fn cve_2021_41103_the_database_is_closed_to_other_users_but_open_to_sqlite3() {
     let dir = tempfile::tempdir().unwrap();
