@@ -222,6 +222,13 @@ impl Daemon {
         self.child.as_ref().unwrap().id()
     }
 
+    /// Changes its database, while it does not run.
+    pub fn sql(&self, text: &str) {
+        assert!(self.child.is_none(), "two who write");
+        let database = rusqlite::Connection::open(self.root.join("root/db/longshore.db")).unwrap();
+        database.execute_batch(text).unwrap();
+    }
+
     /// Runs our command line against it and gives code, stdout and stderr.
     pub fn cli(&self, args: &[&str]) -> (i32, String, String) {
         let out = Command::new(bin_dir().join("longshore"))

@@ -6,7 +6,7 @@ use longshore_tests::{Cri, Daemon, NodeNet, busybox, container, netns, wait_for}
 use proto::cri::*;
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use testkit::TempRoot;
 
@@ -446,6 +446,46 @@ async fn pods_outlive_the_daemon_and_a_reboot_frees_them() {
     w.cri = w.daemon.cri().await;
     assert_eq!(w.addresses(&pod).await, Vec::<String>::new());
     w.leaves_nothing_of(&[&pod], &ips);
+    w.remove(&pod).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_of_the_node_plugins_are_told_of_no_namespace() {
+    let mut w = World::with("").await;
+    let calls = w.daemon.dir().join("calls");
+    w.script(
+        "teller",
+        &format!(
+            "echo \"$CNI_COMMAND $CNI_CONTAINERID netns=$CNI_NETNS\" >>{}\n\
+             [ $CNI_COMMAND = ADD ] && echo '{{\"cniVersion\":\"1.0.0\",\"ips\":[{{\"address\":\"10.9.9.9/24\"}}]}}'\nexit 0",
+            calls.display()
+        ),
+    );
+    w.configure("10-teller.conflist", r#"{"cniVersion":"1.0.0","name":"teller","plugins":[{"type":"teller"}]}"#);
+    let pod = w.cri.run_pod(&w.pod("p")).await.unwrap();
+    w.daemon.kill();
+    // As the end of a node: no process, no mount, no state; and another boot id.
+    let shims = w.daemon.shims();
+    shims.iter().for_each(|s| longshore_tests::signal(*s, rustix::process::Signal::KILL));
+    wait_for("the shims are dead", BOUND, || w.daemon.shims().is_empty());
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let (state, pin) = (w.daemon.state(), netns(&pod));
+    let mut mounts: Vec<&str> = table.lines().filter_map(|l| l.split(' ').nth(4)).collect();
+    mounts.retain(|m| Path::new(m).starts_with(&state) || Path::new(m) == pin);
+    for mount in mounts.into_iter().rev() {
+        rustix::mount::unmount(mount, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+    std::fs::remove_file(&pin).unwrap();
+    std::fs::remove_dir_all(&state).unwrap();
+    w.daemon.sql("UPDATE meta SET value = 'another' WHERE key = 'boot_id'");
+    w.daemon.begin().await;
+    w.cri = w.daemon.cri().await;
+    let said = std::fs::read_to_string(&calls).unwrap();
+    let last = said.lines().last().unwrap();
+    assert_eq!(last, format!("DEL {pod} netns="), "{said}");
+    assert_eq!(w.records().len(), 0);
+    let status = w.cri.pod_status(&pod).await.unwrap().status.unwrap();
+    assert_eq!(status.state(), PodSandboxState::SandboxNotready);
     w.remove(&pod).await;
 }
 

@@ -104,6 +104,8 @@ async fn serve(config: Config) -> Result<()> {
         events: pods::Events::default(),
         registry: pods::Registry::default(),
         handlers: built.handlers,
+        quarantine: pods::Quarantine::default(),
+        health: pods::Health::default(),
     };
     let pods = Pods::start(Arc::new(shared), events).await?;
     let node = Node {

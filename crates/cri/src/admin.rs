@@ -69,6 +69,25 @@ impl Admin for Cri {
         });
         Ok(Response::new(WaitingResponse { operations: operations.collect() }))
     }
+    async fn health(&self, r: Request<HealthRequest>) -> Answer<HealthResponse> {
+        if r.get_ref().reconcile {
+            self.pods.reconcile().await;
+        }
+        let rounds = self.pods.rounds();
+        let at = rounds.last.and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+        let troubles = self.pods.troubles().into_iter().chain(rounds.left).map(|t| Trouble {
+            check: t.check.word().to_string(),
+            found: t.found,
+            remedy: t.remedy,
+        });
+        Ok(Response::new(HealthResponse {
+            troubles: troubles.collect(),
+            rounds: rounds.count,
+            last_round_at: at.map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX)),
+            removed: rounds.removed,
+            recent: rounds.recent,
+        }))
+    }
     async fn close_stdin(&self, r: Request<CloseStdinRequest>) -> Answer<CloseStdinResponse> {
         self.pods.close_stdin(&r.get_ref().container_id).await.map_err(status("CloseStdin"))?;
         Ok(Response::new(CloseStdinResponse {}))

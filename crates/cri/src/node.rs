@@ -94,6 +94,7 @@ impl Node {
             map.insert("version".into(), json!(self.version));
             map.insert("systemdCgroup".into(), json!(self.systemd_cgroup));
             map.insert("network".into(), pods.network_info());
+            map.insert("health".into(), pods.health_json());
         }
         info
     }

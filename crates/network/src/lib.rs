@@ -312,6 +312,18 @@ impl Network {
         errors
     }
 
+    /// The pods that are attached, or were and can't be detached, whoever knows of them.
+    ///
+    /// # Errors
+    /// When the records can't be read.
+    pub async fn attached(&self) -> Result<BTreeSet<String>> {
+        let mut pods = self.0.cni.attached();
+        if self.0.claimed.load(Ordering::Relaxed) {
+            pods.extend(self.0.builtin.attached().await?);
+        }
+        Ok(pods)
+    }
+
     /// Takes back what only pods need of the node, if none is left: for a daemon that
     /// ends.
     ///

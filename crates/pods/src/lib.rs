@@ -11,6 +11,9 @@
 //! state.rs      what pods and containers are
 //! journal.rs    writes to the database, in order
 //! recovery.rs   what a new daemon finds
+//! reconcile.rs  what exists against what should, now and then
+//! quarantine.rs what can't be read, and how it is removed
+//! health.rs     what an operator should know
 //! sandbox/      namespaces, files and mounts of a pod on the node
 //! network.rs    what a pod's network is asked for, purely
 //! facts.rs      what the node and an image's rootfs say
@@ -21,11 +24,14 @@ mod events;
 mod exec;
 pub mod facts;
 mod handlers;
+mod health;
 mod journal;
 mod manager;
 mod network;
 mod ops;
 mod owner;
+mod quarantine;
+mod reconcile;
 mod recovery;
 mod registry;
 pub mod sandbox;
@@ -35,8 +41,10 @@ mod state;
 
 pub use events::{EventKind, Events, PodEvent};
 pub use handlers::{Handler, Handlers};
+pub use health::{Check, Health, Rounds, Trouble};
 pub use journal::Journal;
 pub use manager::{ContainerFilter, PodFilter, Pods, running_pid};
+pub use quarantine::Quarantine;
 pub use registry::Registry;
 pub use shared::{PodsConfig, Shared};
 pub use state::{ContainerInfo, ContainerRecord, ContainerState, ExitReason, PodInfo, PodPhase, PodState, PodView};

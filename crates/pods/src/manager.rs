@@ -7,8 +7,10 @@
 use crate::admission;
 use crate::events::{EventKind, PodEvent};
 use crate::handlers::Handlers;
+use crate::health::{Rounds, Trouble};
 use crate::ops::{self, NewPod};
 use crate::owner::{Msg, Owner};
+use crate::quarantine;
 use crate::registry::{NameHolder, PodHandle};
 use crate::sandbox::{self, NamespacePlan};
 use crate::shared::Shared;
@@ -26,6 +28,7 @@ use types::{Error, Result, ResultExt};
 #[derive(Clone)]
 pub struct Pods {
     pub(crate) shared: Arc<Shared>,
+    rounds: mpsc::UnboundedSender<crate::reconcile::Asked>,
 }
 
 /// Which pods to list; empty fields match all.
@@ -75,7 +78,34 @@ impl Pods {
                 }
             }
         });
-        Ok(Self { shared })
+        let (rounds, asked) = mpsc::unbounded_channel();
+        tokio::spawn(crate::reconcile::run(shared.clone(), asked));
+        Ok(Self { shared, rounds })
+    }
+
+    /// Compares what exists on the node with what should now, and removes what is
+    /// nobody's. It goes on if its caller leaves.
+    pub async fn reconcile(&self) {
+        let (tx, rx) = oneshot::channel();
+        // A round that is never answered is the daemon's end.
+        if self.rounds.send(tx).is_ok() {
+            let _ = rx.await;
+        }
+    }
+
+    /// What an operator should know: what the reconciliation did, and what is amiss.
+    pub fn rounds(&self) -> Rounds {
+        self.shared.health.rounds()
+    }
+
+    /// What is amiss with the database, and what is in quarantine.
+    pub fn troubles(&self) -> Vec<Trouble> {
+        self.shared.health.database().into_iter().chain(self.shared.quarantine.troubles()).collect()
+    }
+
+    /// All of it, for Status.
+    pub fn health_json(&self) -> serde_json::Value {
+        self.shared.health.json(&self.shared.quarantine.troubles())
     }
 
     /// Makes a pod and gives its id. A retry while the first attempt still runs
@@ -98,9 +128,10 @@ impl Pods {
         match self.shared.registry.reserve(&key, attempt.clone()) {
             Ok(()) => {
                 let new = NewPod { id, key, config: Arc::new(config), handler: handler.to_string(), runtime, plan };
-                let shared = self.shared.clone();
+                let (shared, making) = (self.shared.clone(), self.shared.registry.begin(&new.id));
                 tokio::spawn(async move {
                     let outcome = make_pod(shared, new).await;
+                    drop(making);
                     let _ = tx.send(Some(outcome.map_err(Arc::new)));
                 });
             }
@@ -140,7 +171,10 @@ impl Pods {
     pub async fn stop_pod(&self, id: &str) -> Result<()> {
         match self.shared.registry.pod(id) {
             Ok(pod) => self.unless_gone(&pod, ask(&pod, |reply| Msg::StopPod { reply }).await),
-            Err(e) => gone_is_done(e),
+            Err(e) => match self.shared.quarantine.pod(id) {
+                Some((id, held)) => quarantine::end_pod(&self.shared, id, held, false).await,
+                None => gone_is_done(e),
+            },
         }
     }
 
@@ -151,7 +185,10 @@ impl Pods {
     pub async fn remove_pod(&self, id: &str) -> Result<()> {
         match self.shared.registry.pod(id) {
             Ok(pod) => self.unless_gone(&pod, ask(&pod, |reply| Msg::RemovePod { reply }).await),
-            Err(e) => gone_is_done(e),
+            Err(e) => match self.shared.quarantine.pod(id) {
+                Some((id, held)) => quarantine::end_pod(&self.shared, id, held, true).await,
+                None => gone_is_done(e),
+            },
         }
     }
 
@@ -204,7 +241,10 @@ impl Pods {
             Ok((id, pod)) => {
                 self.unless_gone(&pod, ask(&pod, |reply| Msg::Stop { id, grace, why: "StopContainer", reply }).await)
             }
-            Err(e) => gone_is_done(e),
+            Err(e) => match self.shared.quarantine.container(id) {
+                Some((pod, id)) => quarantine::end_container(&self.shared, pod, id, false).await,
+                None => gone_is_done(e),
+            },
         }
     }
 
@@ -215,7 +255,10 @@ impl Pods {
     pub async fn remove_container(&self, id: &str) -> Result<()> {
         match self.shared.registry.container(id) {
             Ok((id, pod)) => self.unless_gone(&pod, ask(&pod, |reply| Msg::Remove { id, reply }).await),
-            Err(e) => gone_is_done(e),
+            Err(e) => match self.shared.quarantine.container(id) {
+                Some((pod, id)) => quarantine::end_container(&self.shared, pod, id, true).await,
+                None => gone_is_done(e),
+            },
         }
     }
 

@@ -8,27 +8,27 @@
 //!  what belongs to no stored pod ────────────► swept
 //! ```
 //!
-//! One bad record never stops the rest: it is reported, and what it names is left
-//! alone.
+//! One bad record never stops the rest: it goes into quarantine, and what it names is
+//! left alone.
 
 use crate::journal::Write;
 use crate::owner::Owner;
+use crate::quarantine::Held;
+use crate::reconcile::Known;
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, ContainerRecord, ContainerState, PodInfo, PodPhase, PodState};
 use fault::Step as Fault;
 use runtime::{PodSpec, RecoverPod, RecoveredPod, TaskState};
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use types::{Error, Result, ResultExt};
+use types::{Result, ResultExt};
 
 /// In the state directory while the node is up; gone after a restart even where the
 /// boot id stays, as in a node that is itself a container.
 const TOKEN: &str = "up";
-
-/// Of records that can't be read: their containers by pod.
-type Aside = BTreeMap<String, Vec<String>>;
+/// After how long a pod that could not be examined is tried again: first, and at most.
+const EXAMINE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// A stored pod and its containers.
 struct Stored {
@@ -42,7 +42,9 @@ struct Stored {
 /// # Errors
 /// Only when the database can't be read; every other trouble is logged by name.
 pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
-    let (mut stored, aside) = fault::around(Fault::RecoverLoad, load(shared)).await?;
+    let mut stored = fault::around(Fault::RecoverLoad, load(shared)).await?;
+    hold_strangers(shared, &stored).await;
+    let aside = shared.quarantine.all();
     let boot = Boot::look(shared).await?;
     // Networks before namespaces, which plugins look into; and after a restart of the
     // node all of them.
@@ -70,9 +72,9 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
     let mut ready: Vec<RecoverPod> =
         stored.iter().filter(|s| !s.pod.state.torn_down).map(|s| asked(shared, s, &aside)).collect();
     // What a bad record names is left alone: it is asked for, and the answer ignored.
-    ready.extend(aside.iter().filter(|(id, _)| !stored.iter().any(|s| s.pod.id == **id)).map(|(id, containers)| {
+    ready.extend(aside.iter().filter(|(_, held)| held.whole).map(|(id, held)| {
         let spec = PodSpec { id: id.clone(), handler: String::new(), annotations: BTreeMap::new(), bundle_gid: None };
-        RecoverPod { spec, containers: containers.clone() }
+        RecoverPod { spec, containers: held.containers.iter().cloned().collect() }
     }));
     let mut found = BTreeMap::new();
     for result in fault::around(Fault::RecoverBundles, shared.runtime.recover(ready)).await {
@@ -84,6 +86,7 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
         }
     }
     let mut old_tasks: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut unexamined = Vec::new();
     fault::before(Fault::RecoverAdopt);
     for s in &mut stored {
         if !s.pod.state.torn_down {
@@ -91,16 +94,16 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
                 Some(pod) => {
                     old_tasks.insert(s.pod.id.clone(), adopt(shared, s, pod));
                 }
-                None => tracing::error!(
-                    "pod {} ({:.12}) could not be examined; its next call tries again",
-                    s.pod.name(),
-                    s.pod.id
-                ),
+                None => {
+                    let (name, id) = (s.pod.name(), &s.pod.id);
+                    tracing::error!("pod {name} ({id:.12}) could not be examined; it is tried again");
+                    unexamined.push(id.clone());
+                }
             }
         }
     }
     fault::after(Fault::RecoverAdopt);
-    fault::around(Fault::RecoverSweep, sweep(shared, &stored, &aside)).await;
+    fault::around(Fault::RecoverSweep, crate::reconcile::first_round(shared, &known(shared, &stored))).await;
     check_networks(shared, &stored);
     for s in stored {
         match shared.store.timeline(&s.pod.id).await {
@@ -115,7 +118,39 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
         let old = old_tasks.remove(&s.pod.id).unwrap_or_default();
         Owner::start(shared.clone(), s.pod, s.key, s.containers, &old);
     }
+    for pod in unexamined {
+        tokio::spawn(examine_later(shared.clone(), pod));
+    }
     Ok(())
+}
+
+/// Asks for the tasks of a pod whose shim did not answer at the start, until it does: only
+/// then their ends are heard of.
+async fn examine_later(shared: Arc<Shared>, pod: String) {
+    let (mut wait, longest) = EXAMINE;
+    loop {
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(longest);
+        let Ok(handle) = shared.registry.pod(&pod) else { return };
+        let view = handle.view();
+        let running = view.containers.iter().filter(|c| matches!(c.state(), ContainerState::Running { .. }));
+        let mut again = false;
+        for c in running {
+            let certificate = match shared.runtime.task_state(&pod, &c.id).await {
+                Ok(TaskState::Stopped(certificate)) => certificate,
+                Ok(_) => continue,
+                Err(e) if e.is_not_found() => crate::state::lost_certificate(),
+                Err(_) => {
+                    again = true;
+                    continue;
+                }
+            };
+            let _ = handle.send(crate::owner::Msg::Exited { id: c.id.clone(), certificate });
+        }
+        if !again {
+            return;
+        }
+    }
 }
 
 /// Whether the node was restarted since the last daemon.
@@ -140,9 +175,36 @@ impl Boot {
     }
 }
 
-/// The readable pods; and of bad records, by pod, the containers that they name.
-async fn load(shared: &Shared) -> Result<(Vec<Stored>, Aside)> {
-    let mut aside = Aside::new();
+/// Whose things may exist before there are owners.
+fn known(shared: &Shared, stored: &[Stored]) -> Known {
+    let mut known = Known::default();
+    known.pods.extend(stored.iter().filter(|s| !s.pod.state.torn_down).map(|s| s.pod.id.clone()));
+    known.containers.extend(stored.iter().flat_map(|s| s.containers.iter().map(|c| c.id.clone())));
+    known.hold(&shared.quarantine);
+    known
+}
+
+/// After the loss of the database, what runs has no records: it is left alone, and goes
+/// into quarantine.
+async fn hold_strangers(shared: &Shared, stored: &[Stored]) {
+    let Some(lost) = shared.store.restored() else { return };
+    shared.health.database_was(lost);
+    if lost.complete {
+        return;
+    }
+    let held = match shared.runtime.holdings().await {
+        Ok(held) => held,
+        Err(e) => return tracing::error!("what runs without a record: {e}"),
+    };
+    let sandboxes = shared.sandboxes.found().await.unwrap_or_default();
+    for id in held.pods.union(&sandboxes).filter(|id| !stored.iter().any(|s| s.pod.id == **id)) {
+        let containers = held.tasks.iter().filter(|(pod, c)| pod == id && c != id).map(|(_, c)| c.clone()).collect();
+        shared.quarantine.hold_pod(id, None, containers, "its record was lost with the database".into());
+    }
+}
+
+/// The readable pods; the others go into quarantine.
+async fn load(shared: &Shared) -> Result<Vec<Stored>> {
     let mut containers: BTreeMap<String, Vec<ContainerInfo>> = BTreeMap::new();
     for record in shared.store.containers().await? {
         let (id, pod) = (record.id.clone(), record.pod_id.clone());
@@ -150,7 +212,7 @@ async fn load(shared: &Shared) -> Result<(Vec<Stored>, Aside)> {
             Ok(c) => containers.entry(pod).or_default().push(c),
             Err(e) => {
                 tracing::error!("the record of container {id} is left aside: {e}");
-                aside.entry(pod).or_default().push(id);
+                shared.quarantine.hold_container(&pod, &id, format!("its record can't be read: {e}"));
             }
         }
     }
@@ -162,7 +224,9 @@ async fn load(shared: &Shared) -> Result<(Vec<Stored>, Aside)> {
             Ok(pod) => stored.push(Stored { key, containers: own, pod }),
             Err(e) => {
                 tracing::error!("the record of pod {id} is left aside: {e}");
-                aside.entry(id).or_default().extend(own.into_iter().map(|c| c.id));
+                let why = format!("its record can't be read: {e}");
+                shared.registry.hold_name(&key, &id);
+                shared.quarantine.hold_pod(&id, Some(key), own.into_iter().map(|c| c.id).collect(), why);
             }
         }
     }
@@ -170,7 +234,7 @@ async fn load(shared: &Shared) -> Result<(Vec<Stored>, Aside)> {
         tracing::warn!("container {:.12} has no pod any more: its record goes", orphan.id);
         shared.journal.note(Write::DeleteContainer(orphan.id));
     }
-    Ok((stored, aside))
+    Ok(stored)
 }
 
 fn pod(record: store::PodRecord) -> Result<PodInfo> {
@@ -197,9 +261,9 @@ fn at(ns: i64) -> SystemTime {
 
 /// Exited containers are asked for too: a daemon that died before it had deleted
 /// their tasks left them.
-fn asked(shared: &Shared, s: &Stored, aside: &Aside) -> RecoverPod {
+fn asked(shared: &Shared, s: &Stored, aside: &BTreeMap<String, Held>) -> RecoverPod {
     let mut containers: Vec<String> = s.containers.iter().map(|c| c.id.clone()).collect();
-    containers.extend(aside.get(&s.pod.id).into_iter().flatten().cloned());
+    containers.extend(aside.get(&s.pod.id).into_iter().flat_map(|held| held.containers.clone()));
     if s.pod.state.init {
         containers.push(s.pod.id.clone());
     }
@@ -300,31 +364,6 @@ fn reconcile(state: &ContainerState, task: Option<TaskState>) -> (Option<Contain
     }
 }
 
-/// Removes what belongs to no stored pod or container.
-async fn sweep(shared: &Arc<Shared>, stored: &[Stored], aside: &Aside) {
-    let mut pods: BTreeSet<String> =
-        stored.iter().filter(|s| !s.pod.state.torn_down).map(|s| s.pod.id.clone()).collect();
-    pods.extend(aside.keys().cloned());
-    let mut containers: BTreeSet<String> =
-        stored.iter().flat_map(|s| s.containers.iter().map(|c| c.id.clone())).collect();
-    containers.extend(aside.values().flatten().cloned());
-    let mut errors: Vec<Error> = shared.sandboxes.sweep(&pods).await;
-    match shared.snapshots.list().await {
-        Ok(keys) => {
-            for key in keys.iter().filter(|k| !containers.contains(crate::ops::container_of(k))) {
-                errors.extend(shared.snapshots.remove(key).await.err());
-            }
-        }
-        Err(e) => errors.push(e),
-    }
-    for dir in [shared.config.root.join("containers"), shared.config.state.join("stdin")] {
-        errors.extend(sweep_dir(&dir, &containers).await);
-    }
-    for e in errors {
-        tracing::warn!("removing what a former daemon left: {e}");
-    }
-}
-
 /// Says of which pods the network has changed meanwhile, or can't be checked: nobody waits
 /// for it, and one pod after the other, for each check is a run of every plugin.
 fn check_networks(shared: &Arc<Shared>, stored: &[Stored]) {
@@ -338,23 +377,6 @@ fn check_networks(shared: &Arc<Shared>, stored: &[Stored]) {
             }
         }
     });
-}
-
-async fn sweep_dir(dir: &Path, known: &BTreeSet<String>) -> Vec<Error> {
-    let mut errors = Vec::new();
-    let Ok(mut entries) = tokio::fs::read_dir(dir).await else { return errors };
-    while let Ok(Some(entry)) = entries.next_entry().await {
-        if !known.contains(entry.file_name().to_string_lossy().as_ref()) {
-            let path = entry.path();
-            let removed = if path.is_dir() {
-                tokio::fs::remove_dir_all(&path).await
-            } else {
-                tokio::fs::remove_file(&path).await
-            };
-            errors.extend(removed.context(|| format!("remove {}", path.display())).err());
-        }
-    }
-    errors
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 use crate::owner::Msg;
 use crate::state::PodView;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use tokio::sync::{mpsc, watch};
 use types::{Error, Result};
@@ -60,6 +60,20 @@ struct Tables {
     pods: BTreeMap<String, Arc<PodHandle>>,
     containers: BTreeMap<String, Arc<PodHandle>>,
     names: BTreeMap<String, NameHolder>,
+    /// Pods and containers that are not in the other tables yet, while they are made.
+    making: BTreeSet<String>,
+}
+
+/// Says that a pod or container of this id is being made, until it is dropped.
+pub struct Making {
+    registry: Registry,
+    id: String,
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        self.registry.tables().making.remove(&self.id);
+    }
 }
 
 /// The tables. Clones share them.
@@ -82,6 +96,22 @@ impl Registry {
         }
         tables.names.insert(key.to_string(), NameHolder::Starting(attempt));
         Ok(())
+    }
+
+    /// Announces an id before anything of it is made.
+    pub fn begin(&self, id: &str) -> Making {
+        self.tables().making.insert(id.to_string());
+        Making { registry: self.clone(), id: id.to_string() }
+    }
+
+    /// The ids that were announced and are neither registered nor given up yet.
+    pub fn in_the_making(&self) -> BTreeSet<String> {
+        self.tables().making.clone()
+    }
+
+    /// Keeps a pod's name taken for one that has no owner.
+    pub fn hold_name(&self, key: &str, id: &str) {
+        self.tables().names.insert(key.to_string(), NameHolder::Pod(id.to_string()));
     }
 
     /// Gives a pod's name back.

@@ -2,7 +2,9 @@
 
 use crate::events::Events;
 use crate::handlers::Handlers;
+use crate::health::Health;
 use crate::journal::Journal;
+use crate::quarantine::Quarantine;
 use crate::registry::Registry;
 use crate::sandbox::Sandboxes;
 use images::Images;
@@ -59,6 +61,10 @@ pub struct Shared {
     pub registry: Registry,
     /// What RunPodSandbox may name, with what each can do.
     pub handlers: Handlers,
+    /// Whose records can't be read.
+    pub quarantine: Quarantine,
+    /// What an operator should know.
+    pub health: Health,
 }
 
 impl Shared {

@@ -78,6 +78,8 @@ async fn rig() -> Rig {
         events: pods::Events::default(),
         registry: pods::Registry::default(),
         handlers: pods::Handlers::new(handler, Vec::new()),
+        quarantine: pods::Quarantine::default(),
+        health: pods::Health::default(),
     };
     let pods = Pods::start(Arc::new(shared), events).await.unwrap();
     Rig { pods, fake, _root: root }

@@ -185,6 +185,19 @@ pub struct RecoveredPod {
     pub containers: Vec<(String, Option<TaskState>)>,
 }
 
+/// What lies on this node of a backend's pods, whoever knows of them.
+#[derive(Debug, Clone, Default)]
+pub struct Holdings {
+    /// Pods that have a bundle.
+    pub pods: std::collections::BTreeSet<String>,
+    /// Containers that have a bundle, each as pod and container.
+    pub tasks: std::collections::BTreeSet<(String, String)>,
+    /// Pods and containers that an OCI runtime or a shim knows, with or without a bundle.
+    pub orphans: std::collections::BTreeSet<String>,
+    /// What lies among the bundles and is none.
+    pub strange: Vec<PathBuf>,
+}
+
 /// Runs pods. Each call has a deadline of its own, may be dropped at any await,
 /// and then goes on inside to its end.
 #[async_trait]
@@ -251,6 +264,16 @@ pub trait Runtime: Send + Sync + 'static {
     /// what is stuck.
     fn operations(&self) -> Vec<(String, Duration)> {
         Vec::new()
+    }
+
+    /// Lists what lies on this node of its pods.
+    async fn holdings(&self) -> Result<Holdings> {
+        Ok(Holdings::default())
+    }
+
+    /// Ends what an OCI runtime or a shim still has under this id, and no bundle.
+    async fn end_orphan(&self, _id: &str) -> Result<()> {
+        Ok(())
     }
 
     /// Finds pods again after a restart of the daemon, in parallel, each bounded;

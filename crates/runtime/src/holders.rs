@@ -59,6 +59,18 @@ pub(crate) fn shims_in(bundle: &Path, pod: &str) -> Vec<Process> {
     held(sits)
 }
 
+/// Shims whose bundle below `bundles` is gone, each with its pod's id.
+pub(crate) fn orphaned_shims(bundles: &Path) -> Vec<(String, Process)> {
+    let Ok(bundles) = fs::canonicalize(bundles) else { return Vec::new() };
+    let pod_of = |proc: &Path| {
+        let cwd = fs::read_link(proc.join("cwd")).ok()?;
+        let id = cwd.strip_prefix(&bundles).ok()?.to_str()?.strip_suffix(" (deleted)")?.to_string();
+        (!id.contains('/') && arguments(proc).contains(&id)).then_some(id)
+    };
+    let found = held(|proc| pod_of(proc).is_some());
+    found.into_iter().filter_map(|p| Some((pod_of(Path::new(&format!("/proc/{}", p.pid)))?, p))).collect()
+}
+
 /// The processes that `wanted` is true of, held.
 fn held(wanted: impl Fn(&Path) -> bool) -> Vec<Process> {
     let mut found = Vec::new();

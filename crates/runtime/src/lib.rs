@@ -18,6 +18,7 @@ pub mod conmon;
 #[cfg(feature = "test-util")]
 pub mod fake;
 mod holders;
+mod holdings;
 mod ops;
 mod router;
 pub mod shim_v2;

@@ -14,7 +14,7 @@
 //! no longer configured, or that is another kind now, can still be stopped and removed.
 
 use crate::api::{
-    ExecOutput, ExecSyncSpec, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, TaskSpec, TaskState,
+    ExecOutput, ExecSyncSpec, Holdings, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, TaskSpec, TaskState,
 };
 use async_trait::async_trait;
 use std::collections::{BTreeSet, HashMap};
@@ -181,6 +181,26 @@ impl Runtime for Runtimes {
 
     fn operations(&self) -> Vec<(String, std::time::Duration)> {
         self.backends.iter().flat_map(|b| b.runtime.operations()).collect()
+    }
+
+    async fn holdings(&self) -> Result<Holdings> {
+        let mut all = Holdings::default();
+        for backend in &self.backends {
+            let own = backend.runtime.holdings().await?;
+            all.pods.extend(own.pods);
+            all.tasks.extend(own.tasks);
+            all.orphans.extend(own.orphans);
+            all.strange.extend(own.strange);
+        }
+        Ok(all)
+    }
+
+    async fn end_orphan(&self, id: &str) -> Result<()> {
+        let mut errors = Vec::new();
+        for backend in &self.backends {
+            errors.extend(backend.runtime.end_orphan(id).await.err());
+        }
+        Error::join(&format!("end {id}"), errors)
     }
 
     async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {

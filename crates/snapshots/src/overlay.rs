@@ -189,7 +189,7 @@ impl Inner {
 
     /// Makes the directory of a new snapshot; its root looks like `like`'s.
     fn make_dirs(&self, id: i64, like: Option<&Path>, owner: (u32, u32), work: bool) -> Result<()> {
-        let what = || format!("make the directory of snapshot {id}");
+        let what = || format!("make the snapshot {}", self.dir(id).display());
         let make = |path: &Path, mode| std::fs::DirBuilder::new().mode(mode).create(path);
         make(&self.dir(id), 0o700).context(what)?;
         let fs = self.fs(id);

@@ -73,8 +73,12 @@ impl Ballast {
         self.free() < TIGHT
     }
 
+    /// The database's directory.
+    pub(crate) fn beside(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("/"))
+    }
+
     fn free(&self) -> u64 {
-        let dir = self.path.parent().unwrap_or(Path::new("/"));
-        rustix::fs::statvfs(dir).map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
+        rustix::fs::statvfs(self.beside()).map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize))
     }
 }

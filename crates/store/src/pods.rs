@@ -1,6 +1,7 @@
 //! Pods, containers and their timelines.
 
 use crate::{Durability, SqlExt, Store};
+use rusqlite::types::ValueRef;
 use rusqlite::{OptionalExtension, Row, params};
 use types::{Error, Result};
 
@@ -223,23 +224,34 @@ impl Store {
     }
 }
 
+/// A column as text, whatever is in it: a bad row costs its reader that row and not the
+/// list.
+fn text(row: &Row<'_>, at: usize) -> rusqlite::Result<String> {
+    Ok(match row.get_ref(at)? {
+        ValueRef::Text(raw) | ValueRef::Blob(raw) => String::from_utf8_lossy(raw).into_owned(),
+        ValueRef::Integer(n) => n.to_string(),
+        ValueRef::Real(n) => n.to_string(),
+        ValueRef::Null => String::new(),
+    })
+}
+
 fn pod_of(row: &Row<'_>) -> rusqlite::Result<PodRecord> {
     Ok(PodRecord {
-        id: row.get(0)?,
-        name_key: row.get(1)?,
-        created_at_ns: row.get(2)?,
-        config_json: row.get(3)?,
-        state_json: row.get(4)?,
+        id: text(row, 0)?,
+        name_key: text(row, 1)?,
+        created_at_ns: row.get(2).unwrap_or(0),
+        config_json: text(row, 3)?,
+        state_json: text(row, 4)?,
     })
 }
 
 fn container_of(row: &Row<'_>) -> rusqlite::Result<ContainerRecord> {
     Ok(ContainerRecord {
-        id: row.get(0)?,
-        pod_id: row.get(1)?,
-        name_key: row.get(2)?,
-        created_at_ns: row.get(3)?,
-        config_json: row.get(4)?,
-        state_json: row.get(5)?,
+        id: text(row, 0)?,
+        pod_id: text(row, 1)?,
+        name_key: text(row, 2)?,
+        created_at_ns: row.get(3).unwrap_or(0),
+        config_json: text(row, 4)?,
+        state_json: text(row, 5)?,
     })
 }

@@ -153,7 +153,7 @@ impl State {
                 copy.follow(&self.connection, job.as_mut(), self.sequence, changes);
             }
             let committed = outcome.is_ok();
-            job.finish(outcome.map(drop));
+            job.finish(outcome.map(drop).map_err(|e| self.named(e)));
             if committed {
                 self.ballast.restore();
             }
@@ -187,6 +187,16 @@ impl State {
             self.sequence += 1;
         }
         Ok(changes)
+    }
+
+    /// Names the file where its disk is to blame.
+    fn named(&self, error: Error) -> Error {
+        if self.blames_the_disk(&error) {
+            let database = self.ballast.beside().join(crate::FILE_NAME);
+            error.with_kind(ErrorKind::ResourceExhausted).within(format!("the disk of {} is full", database.display()))
+        } else {
+            error
+        }
     }
 
     /// SQLite reports a full disk as `SQLITE_FULL` or, from the shared-memory

@@ -58,7 +58,7 @@ type Damage = (&'static str, fn(&Path), &'static str);
 
 const DAMAGES: [Damage; 8] = [
     ("a garbage header", |db| overwrite(db, 0, 100), "not a database"),
-    ("garbage in a page", |db| overwrite(db, 5000, 3000), ""),
+    ("garbage in a page", |db| overwrite(db, 4096, 3000), ""),
     ("cut off in the middle", |db| cut(db, db.metadata().unwrap().len() / 2), ""),
     ("empty", |db| cut(db, 0), "it is gone"),
     ("gone", |db| std::fs::remove_file(db).unwrap(), "it is gone"),

@@ -121,6 +121,9 @@ pub struct DoctorArgs {
     /// The daemon's state directory, where it is not the configured one
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
+    /// Have the daemon remove leftovers now, and not only every five minutes
+    #[arg(long)]
+    pub fix: bool,
 }
 
 /// How a container's pod is connected.

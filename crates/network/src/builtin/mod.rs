@@ -322,6 +322,14 @@ impl Builtin {
         Error::join("reconcile the built-in network", failed).map(|()| removed)
     }
 
+    /// The pods that have an address or a host port.
+    ///
+    /// # Errors
+    /// When the database can't be read.
+    pub async fn attached(&self) -> Result<BTreeSet<String>> {
+        Ok(self.inner.store.network_claims().await?.into_iter().map(|c| c.pod_id).collect())
+    }
+
     /// Removes the bridge and the table where no pod needs them.
     ///
     /// # Errors

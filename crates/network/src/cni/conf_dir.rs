@@ -32,7 +32,7 @@ pub struct Loaded {
 
 impl Loaded {
     /// Reads the directory; `before` stands in for files that have broken.
-    fn load(dir: &Path, before: &Self) -> Self {
+    pub fn load(dir: &Path, before: &Self) -> Self {
         let mut loaded = Self::default();
         let files = match files(dir) {
             Ok(files) => files,

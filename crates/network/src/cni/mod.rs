@@ -61,6 +61,35 @@ pub struct CniConfig {
     pub cache_dir: PathBuf,
 }
 
+/// What lies in the directories of configurations and plugins.
+#[derive(Debug, Default)]
+pub struct Examined {
+    /// Networks whose plugins are all installed, by name.
+    pub whole: Vec<String>,
+    /// Files that can't be used, plugins that are missing, networks that are not there.
+    pub amiss: Vec<String>,
+}
+
+/// Looks at configurations and plugins without running or changing anything.
+pub fn examine(conf_dir: &Path, bin_dirs: &[PathBuf], wanted: &[String]) -> Examined {
+    let loaded = Loaded::load(conf_dir, &Loaded::default());
+    let plugins = Plugins::new(bin_dirs.to_vec(), STATUS_BOUND);
+    let mut all = Examined { whole: Vec::new(), amiss: loaded.complaints };
+    for (file, list) in &loaded.networks {
+        let missing: Vec<String> =
+            list.plugins.iter().filter_map(|p| plugins.find(&p.kind).err()).map(|e| e.to_string()).collect();
+        if missing.is_empty() {
+            all.whole.push(list.name.clone());
+        } else {
+            all.amiss.push(format!("{} ({}): {}", list.name, file.display(), missing.join("; ")));
+        }
+    }
+    for name in wanted.iter().filter(|w| !loaded.networks.iter().any(|(_, l)| l.name == **w)) {
+        all.amiss.push(format!("the network {name} is not configured in {}", conf_dir.display()));
+    }
+    all
+}
+
 /// The client.
 #[derive(Debug)]
 pub struct Cni {
@@ -295,6 +324,11 @@ impl Cni {
         }
         errors.extend(self.collect_garbage().await);
         (left, errors)
+    }
+
+    /// The pods that records name; one that can't be read names none.
+    pub fn attached(&self) -> BTreeSet<String> {
+        self.cache.all().0.into_iter().map(|r| r.container_id).collect()
     }
 
     /// GC by the plugins of the networks in use.

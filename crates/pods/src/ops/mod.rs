@@ -16,7 +16,7 @@ pub use image_mounts::container_of;
 pub use remove::{remove, remove_pod};
 pub use run_pod::{NewPod, run_pod};
 pub use start::start;
-pub use stop::{delete_task, end_task, stop, stop_pod};
+pub use stop::{delete_task, end_task, end_task_of, stop, stop_pod};
 pub use update::{merge_resources, update};
 
 use crate::handlers::Handler;

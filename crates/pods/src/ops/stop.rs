@@ -1,6 +1,7 @@
 //! The ends of tasks and pods.
 
 use super::PodContext;
+use crate::shared::Shared;
 use crate::state::ContainerInfo;
 use runtime::TaskState;
 use std::time::Duration;
@@ -107,7 +108,14 @@ pub async fn delete_task(ctx: &PodContext, id: &str) -> Result<()> {
 /// # Errors
 /// What the runtime could not free.
 pub async fn end_task(ctx: &PodContext, id: &str, why: &str) -> Result<()> {
-    let (shared, pod) = (&ctx.shared, &ctx.pod.id);
+    end_task_of(&ctx.shared, &ctx.pod.id, id, why).await
+}
+
+/// The same, of a pod that need have no owner.
+///
+/// # Errors
+/// What the runtime could not free.
+pub async fn end_task_of(shared: &Shared, pod: &str, id: &str, why: &str) -> Result<()> {
     if let Err(e) = shared.runtime.condemn_task(pod, id).await {
         tracing::warn!("container {id:.12}: {e}");
     }
@@ -122,7 +130,7 @@ pub async fn end_task(ctx: &PodContext, id: &str, why: &str) -> Result<()> {
         }
     };
     let _ = timeout(KILL_WAIT, dead).await;
-    delete_task(ctx, id).await
+    shared.bounded("deleting the task", shared.runtime.delete_task(pod, id)).await
 }
 
 /// Detaches a pod and takes its namespaces and files down. A pod that can't be

@@ -1,6 +1,6 @@
 //! Containers: create, start, exit, stop, remove, update.
 
-use super::{Done, Owner, Reply, Slot, StartOp, StopOp, answer};
+use super::{Creating, Done, Owner, Reply, Slot, StartOp, StopOp, answer};
 use crate::admission;
 use crate::events::EventKind;
 use crate::journal::Write;
@@ -20,8 +20,8 @@ impl Owner {
     pub(super) fn create(&mut self, config: ContainerConfig, reply: Reply<String>) {
         let key = container_key(&config);
         // A retry while the first attempt still runs joins it [containerd#10828].
-        if let Some((_, waiters)) = self.creating.get_mut(&key) {
-            waiters.push(reply);
+        if let Some(running) = self.creating.get_mut(&key) {
+            running.waiters.push(reply);
             return;
         }
         let holder = self.slots.values().find(|s| s.info.name_key() == key).map(|s| s.info.id.clone());
@@ -36,13 +36,14 @@ impl Owner {
                 return;
             }
         };
-        self.creating.insert(key.clone(), (id.clone(), vec![reply]));
+        let _making = self.shared.registry.begin(&id);
+        self.creating.insert(key.clone(), Creating { id: id.clone(), waiters: vec![reply], _making });
         let context = self.context();
         self.spawn(async move { Done::Created(key, ops::create(context, id, config).await) });
     }
 
     pub(super) fn created(&mut self, key: &str, result: Result<Box<ContainerInfo>>) {
-        let Some((id, waiters)) = self.creating.remove(key) else { return };
+        let Some(Creating { id, waiters, _making }) = self.creating.remove(key) else { return };
         let info = match result {
             Ok(info) => info,
             Err(e) => {

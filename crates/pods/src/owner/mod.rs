@@ -17,7 +17,7 @@ mod pod;
 use crate::events::EventKind;
 use crate::journal::Write;
 use crate::ops;
-use crate::registry::PodHandle;
+use crate::registry::{Making, PodHandle};
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, PodInfo, PodView};
 use proto::cri::{ContainerConfig, LinuxContainerResources};
@@ -192,6 +192,14 @@ impl Slot {
     }
 }
 
+/// A CreateContainer that runs.
+struct Creating {
+    id: String,
+    waiters: Vec<Reply<String>>,
+    /// Until the container is registered, or undone.
+    _making: Making,
+}
+
 /// The owner.
 pub struct Owner {
     shared: Arc<Shared>,
@@ -201,8 +209,8 @@ pub struct Owner {
     mailbox: mpsc::UnboundedSender<Msg>,
     init_ended: watch::Sender<bool>,
     slots: BTreeMap<String, Slot>,
-    /// CreateContainer calls that run, by name key: the id and who waits.
-    creating: BTreeMap<String, (String, Vec<Reply<String>>)>,
+    /// CreateContainer calls that run, by name key.
+    creating: BTreeMap<String, Creating>,
     stop: Option<Vec<Reply<()>>>,
     stopping: bool,
     stop_errors: Vec<types::Error>,

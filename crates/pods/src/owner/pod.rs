@@ -139,6 +139,8 @@ impl Owner {
             self.gone = true;
             let id = self.pod.id.clone();
             self.shared.timelines.remove(&id);
+            // The record of a container that could not be read went with the pod's.
+            self.shared.quarantine.release_pod(&id);
             self.shared.registry.remove_pod(&self.key, &id);
             self.shared.events.send(&id, EventKind::Deleted, None);
         }

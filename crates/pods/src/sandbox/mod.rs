@@ -297,20 +297,28 @@ impl Sandboxes {
         .await
     }
 
-    /// Takes down what lies in the state directory of pods that are not `known`, and
-    /// gives what failed. To be called before pods are made.
-    pub async fn sweep(&self, known: &BTreeSet<String>) -> Vec<Error> {
-        let (this, known) = (self.clone(), known.clone());
-        let swept = blocking(move || Ok(teardown::leftovers(&this.dirs.state, &this.netns, &known))).await;
-        match swept {
-            Ok((gone, errors)) => {
-                if !gone.is_empty() {
-                    tracing::info!("took down {} sandboxes without a pod: {}", gone.len(), gone.join(", "));
-                }
-                errors
-            }
-            Err(e) => vec![e],
-        }
+    /// The pods of which anything lies in the state directory. Nothing outside it is
+    /// looked for: a network namespace without a pod in it may be another daemon's.
+    ///
+    /// # Errors
+    /// Names the directory that can't be read.
+    pub async fn found(&self) -> Result<BTreeSet<String>> {
+        let state = self.dirs.state.clone();
+        blocking(move || teardown::found(&state)).await
+    }
+
+    /// Takes down what lies there of a pod that nobody knows, files of whomever too.
+    ///
+    /// # Errors
+    /// All failures, joined; it may be called again.
+    pub async fn clear(&self, pod_id: &str) -> Result<()> {
+        let layout = Layout::of(&self.dirs.state, pod_id)?;
+        let this = self.clone();
+        blocking(move || {
+            let _turn = this.busy.turn(&layout.id);
+            teardown::clear(&layout, &this.netns)
+        })
+        .await
     }
 
     /// The empty root file system of the init of a pod-shared pid namespace, made

@@ -109,10 +109,8 @@ fn remove_tree(path: &Path, errors: &mut Vec<Error>) {
     }
 }
 
-/// Takes down every sandbox of this state directory whose pod nobody knows, and
-/// gives their ids and what failed. Nothing outside the state directory is looked
-/// for: a network namespace without a pod in it may be another daemon's.
-pub(super) fn leftovers(state: &Path, netns: &NetnsDir, known: &BTreeSet<String>) -> (Vec<String>, Vec<Error>) {
+/// The pods of which anything lies in this state directory.
+pub(super) fn found(state: &Path) -> Result<BTreeSet<String>> {
     let (mut found, mut errors) = (BTreeSet::new(), Vec::new());
     for dir in [layout::pins(state), layout::dirs(state)] {
         match std::fs::read_dir(&dir) {
@@ -120,18 +118,16 @@ pub(super) fn leftovers(state: &Path, netns: &NetnsDir, known: &BTreeSet<String>
             Ok(entries) => found.extend(
                 entries
                     .filter_map(|e| e.ok()?.file_name().into_string().ok())
-                    .filter(|id| check_identifier("pod id", id).is_ok() && !known.contains(id)),
+                    .filter(|id| check_identifier("pod id", id).is_ok()),
             ),
         }
     }
-    for id in &found {
-        match Layout::of(state, id) {
-            Ok(layout) => {
-                errors.extend(all(&layout, netns).err());
-                remove_tree(&layout.dir, &mut errors);
-            }
-            Err(e) => errors.push(e),
-        }
-    }
-    (found.into_iter().collect(), errors)
+    Error::join("look for sandboxes", errors).map(|()| found)
+}
+
+/// Takes down a sandbox whose pod nobody knows, with its directory as a whole.
+pub(super) fn clear(layout: &Layout, netns: &NetnsDir) -> Result<()> {
+    let mut errors: Vec<Error> = all(layout, netns).err().into_iter().collect();
+    remove_tree(&layout.dir, &mut errors);
+    Error::join(&format!("take down sandbox {:.12}", layout.id), errors)
 }

@@ -47,7 +47,8 @@ mod watch;
 pub use config::{ConmonConfig, Handler, Timeouts};
 
 use crate::api::{
-    ExecOutput, ExecSyncSpec, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec, TaskState,
+    ExecOutput, ExecSyncSpec, Holdings, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec,
+    TaskState,
 };
 use crate::bundle::{self, Layout, blocking};
 use crate::ops::Ops;
@@ -275,6 +276,13 @@ impl Runtime for ConmonManager {
 
     fn owns(&self, pod: &str) -> bool {
         self.inner.layout.pod(pod).exists()
+    }
+
+    async fn holdings(&self) -> Result<Holdings> {
+        let layout = self.inner.layout.clone();
+        // What the OCI runtime knows beyond bundles is the shim manager's to look at.
+        bundle::blocking(move || Ok(crate::holdings::list(&layout, std::path::Path::new("/"), &Default::default())))
+            .await
     }
 
     async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {

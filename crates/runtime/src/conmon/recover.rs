@@ -30,7 +30,8 @@ impl Inner {
     pub(super) async fn recover(self: &Arc<Self>, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
         let asked: HashSet<String> = pods.iter().map(|p| p.spec.id.clone()).collect();
         let layout = self.layout.clone();
-        let found = blocking(move || Ok(bundle::list(&layout.bundles()))).await.unwrap_or_default();
+        let held = blocking(move || Ok(crate::holdings::list(&layout, Path::new("/"), &Default::default())));
+        let found = held.await.unwrap_or_default().pods;
         if let Some(parent) = self.cfg.monitor_cgroup.clone() {
             let swept = blocking(move || {
                 monitor::sweep_cgroups(&parent);

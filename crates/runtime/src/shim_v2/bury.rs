@@ -108,6 +108,26 @@ impl Inner {
         })
     }
 
+    /// Ends a shim whose bundle is gone, and what the OCI runtime still knows by this id.
+    pub(super) async fn end_orphan(self: &Arc<Self>, id: &str) -> Result<(), Error> {
+        let bundles = self.layout.bundles();
+        let shims = blocking(move || Ok(crate::holders::orphaned_shims(&bundles))).await?;
+        for (_, shim) in shims.into_iter().filter(|(pod, _)| pod == id) {
+            shim.kill();
+            shim.gone(super::start::AFTER_KILL).await;
+        }
+        for handler in &self.cfg.handlers {
+            let known = handler.runtime_root.join(&self.cfg.namespace).join(id);
+            if known.exists() && known.starts_with(&self.cfg.state) {
+                self.runtime_delete(handler, id).await;
+                if known.exists() {
+                    return Err(Error::internal(format!("the OCI runtime does not delete {}", known.display())));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The last means: the OCI runtime itself, where the shim's `delete` failed.
     async fn runtime_delete(&self, handler: &Handler, id: &str) {
         let run = tokio::process::Command::new(&handler.runtime_binary)

@@ -39,7 +39,8 @@ pub use config::{Handler, ShimConfig, TaskOptions, Timeouts};
 pub use events::publish;
 
 use crate::api::{
-    ExecOutput, ExecSyncSpec, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec, TaskState,
+    ExecOutput, ExecSyncSpec, Holdings, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec,
+    TaskState,
 };
 use crate::bundle::{self, Layout};
 use crate::cgroup;
@@ -190,6 +191,11 @@ impl Inner {
         }
     }
 
+    /// Where the OCI runtimes keep what they know of containers.
+    fn runtime_roots(&self) -> std::collections::BTreeSet<PathBuf> {
+        self.cfg.handlers.iter().map(|h| h.runtime_root.join(&self.cfg.namespace)).collect()
+    }
+
     fn tell(&self, event: RuntimeEvent) {
         // Nobody listens any more only while the daemon ends.
         let _ = self.events.send(event);
@@ -289,6 +295,17 @@ impl Runtime for ShimManager {
 
     fn operations(&self) -> Vec<(String, std::time::Duration)> {
         self.inner.ops.ages()
+    }
+
+    async fn holdings(&self) -> Result<Holdings> {
+        let inner = self.inner.clone();
+        bundle::blocking(move || Ok(crate::holdings::list(&inner.layout, &inner.cfg.state, &inner.runtime_roots())))
+            .await
+    }
+
+    async fn end_orphan(&self, id: &str) -> Result<()> {
+        types::check_identifier("id", id)?;
+        detach!(self, format!("end {id}, whose bundle is gone"), inner, [id], inner.end_orphan(&id))
     }
 
     async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {

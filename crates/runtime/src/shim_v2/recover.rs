@@ -21,8 +21,9 @@ const SETTLED: std::time::Duration = std::time::Duration::from_millis(500);
 impl Inner {
     pub(super) async fn recover(self: &Arc<Self>, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
         let asked: HashSet<String> = pods.iter().map(|p| p.spec.id.clone()).collect();
-        let layout = self.layout.clone();
-        let found = blocking(move || Ok(bundle::list(&layout.bundles()))).await.unwrap_or_default();
+        let inner = self.clone();
+        let held = blocking(move || Ok(crate::holdings::list(&inner.layout, &inner.cfg.state, &inner.runtime_roots())));
+        let found = held.await.unwrap_or_default().pods;
         let mut strangers = JoinSet::new();
         for id in found.into_iter().filter(|id| !asked.contains(id)) {
             let inner = self.clone();
