@@ -55,7 +55,8 @@ fn a_storm_of_signals_ends_nothing() {
     std::thread::sleep(Duration::from_secs(1));
     let monitor = sys::pidfd::PidFd::open(m.pid).unwrap();
     for round in 0..500 {
-        for signal in [types::Signal::TERM, types::Signal::INT, types::Signal::QUIT, types::Signal::CHLD] {
+        use types::Signal;
+        for signal in [Signal::TERM, Signal::INT, Signal::QUIT, Signal::CHLD, Signal::USR1] {
             monitor.signal(signal).unwrap();
         }
         if round % 50 == 0 {
@@ -212,4 +213,60 @@ fn a_call_ends_with_its_monitor() {
     wait_for("the call", || call().is_some());
     sys::pidfd::PidFd::open(m.pid).unwrap().signal(types::Signal::KILL).unwrap();
     wait_for("the call's end", || !harness::alive(call().unwrap()));
+}
+
+/// Whoever ends the monitor while the runtime still creates ends that call, and is told.
+#[test]
+fn sigterm_while_creating_ends_the_call() {
+    let n = Node::new(&["/bin/true"]);
+    let slow = n.path("slow");
+    let script = format!("#!/bin/sh\necho $$ > {0}/call\nexec sleep 1000\n", n.dir.path().display());
+    std::fs::write(&slow, script).unwrap();
+    std::fs::set_permissions(&slow, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut m = n.create(&["-r", slow.to_str().unwrap()]);
+    wait_for("the call", || std::fs::read_to_string(n.path("call")).is_ok_and(|t| t.ends_with('\n')));
+    sys::pidfd::PidFd::open(m.pid).unwrap().signal(types::Signal::TERM).unwrap();
+    let line = m.line().unwrap();
+    assert_eq!(line["pid"], -1);
+    assert!(line["message"].as_str().unwrap().contains("signal 15"), "{line}");
+    m.gone();
+    let call: i32 = std::fs::read_to_string(n.path("call")).unwrap().trim().parse().unwrap();
+    assert!(!harness::alive(call));
+    assert!(!n.path("bundle/attach").exists() && n.path("sockets").join(&n.id).symlink_metadata().is_err());
+}
+
+/// A caller that ignores SIGCHLD hands that on; the kernel would reap our children.
+#[test]
+fn a_caller_s_ignored_sigchld_hides_no_exit() {
+    let n = Node::new(&["/bin/sh", "-c", "exit 12"]);
+    let mut args = n.create_args();
+    args.extend(["--sync".into(), "-l".into(), n.log().into()]);
+    let mut child = Command::new("env").args(["--ignore-signal=CHLD", harness::CONMON]).args(&args).spawn().unwrap();
+    wait_for("create's end", || n.runc(&["state", &n.id]).stdout.windows(9).any(|w| w == b"\"created\""));
+    n.start();
+    assert_eq!(n.exit(), "12");
+    assert_eq!(child.wait().unwrap().code(), Some(12));
+}
+
+/// What waits for the exit command's time keeps nothing of ours open: a client that was
+/// behind when the container ended sees the end of the output then, and not after it.
+#[test]
+fn the_exit_delay_holds_up_no_client() {
+    let n = Node::new(&["/bin/sh", "-c", "yes & sleep 1000"]);
+    let mut m = n.create(&["--exit-command", "/bin/true", "--exit-delay", "120"]);
+    m.created();
+    let client = attach(&n.path("sockets").join(&n.id).join("attach"));
+    n.start();
+    wait_for("output", || n.log().metadata().is_ok_and(|l| l.len() > 100_000));
+    n.runc(&["kill", &n.id, "KILL"]);
+    assert_eq!(n.exit(), "137");
+    let children = || std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", m.pid)).unwrap_or_default();
+    wait_for("the exit command's process", || !children().trim().is_empty());
+    // Up to its end: `receive` gives up before the delay is over.
+    assert!(receive(&client, |_| false).len() > 100_000);
+    for pid in children().split_whitespace() {
+        let waits = sys::pidfd::PidFd::open(pid.parse().unwrap()).unwrap();
+        waits.signal(types::Signal::KILL).unwrap();
+    }
+    m.gone();
 }

@@ -105,11 +105,13 @@ fn mode() -> Mode {
 }
 
 /// Starts the program in a process of its own, which waits for the delay first; its
-/// number is returned. Processes that it leaves behind are no longer ours.
+/// number is returned. Processes that it leaves behind are no longer ours. `let_go` is
+/// called in the new process: what that kept open during the delay, clients and file
+/// systems would wait for.
 ///
 /// # Errors
 /// Those of fork.
-pub fn start_exit_command(command: &ExitCommand, oom_score: Option<&str>) -> Result<i32> {
+pub fn start_exit_command(command: &ExitCommand, oom_score: Option<&str>, let_go: impl FnOnce()) -> Result<i32> {
     // It may double-fork to outlive us; a subreaper would get the second one back.
     if let Err(e) = rustix::process::set_child_subreaper(None) {
         crate::say::warn(format_args!("stop being a subreaper: {e}"));
@@ -120,6 +122,7 @@ pub fn start_exit_command(command: &ExitCommand, oom_score: Option<&str>) -> Res
         Forked::Parent(pid) => Ok(pid),
         Forked::Child => {
             use std::os::unix::process::CommandExt;
+            let_go();
             if let Some(score) = oom_score {
                 let _ = std::fs::write("/proc/self/oom_score_adj", score);
             }

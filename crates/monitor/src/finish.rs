@@ -10,6 +10,7 @@
 //! read nor a slow disk delays it.
 
 use crate::exit::start_exit_command;
+use crate::log::Logs;
 use crate::monitor::{Monitor, Outcome};
 use crate::poll::Token;
 use crate::say;
@@ -56,9 +57,16 @@ impl Monitor {
         if self.settings.sync_log {
             self.logs.sync();
         }
-        let command = self.settings.exit_command.clone();
-        let started = command.map(|c| start_exit_command(&c, self.oom_score.as_deref()));
+        let (command, score) = (self.settings.exit_command.clone(), self.oom_score.clone());
+        let started = command.map(|c| {
+            start_exit_command(&c, score.as_deref(), || {
+                self.attach = None;
+                self.logs = Logs::default();
+            })
+        });
         self.linger();
+        // The exit command may still have to wait for its time: nobody else does.
+        (self.attach, self.logs) = (None, Logs::default());
         match started {
             None => code,
             Some(Ok(pid)) => wait_for(pid).filter(|c| *c != 0).unwrap_or(code),
@@ -121,6 +129,7 @@ impl Monitor {
                     Token::Client(id) => {
                         if let Some(attach) = &mut self.attach {
                             attach.event(id, flags);
+                            attach.close_door();
                         }
                     }
                     Token::LogFile | Token::Journal => self.logs.go_on(),

@@ -252,13 +252,31 @@ fn set(
 }
 
 fn number(name: &str, bits: Bits, text: &str) -> Result<i64> {
-    let bare = text.trim_start();
-    let wide: i128 = bare.parse().map_err(|_| bad(format!("Cannot parse integer value “{text}” for --{name}")))?;
+    let wide = of_any_base(text.trim_start());
+    let wide = wide.ok_or_else(|| bad(format!("Cannot parse integer value “{text}” for --{name}")))?;
     let fits = match bits {
         Bits::B32 => i32::try_from(wide).ok().map(i64::from),
         Bits::B64 => i64::try_from(wide).ok(),
     };
     fits.ok_or_else(|| bad(format!("Integer value “{text}” for --{name} out of range")))
+}
+
+/// As strtoll reads it with base 0: 0x for sixteen, 0 for eight.
+fn of_any_base(text: &str) -> Option<i128> {
+    let (minus, digits) = match text.as_bytes().first() {
+        Some(b'-') => (true, &text[1..]),
+        Some(b'+') => (false, &text[1..]),
+        _ => (false, text),
+    };
+    let (base, digits) = match digits.as_bytes() {
+        [b'0', b'x' | b'X', _, ..] => (16, &digits[2..]),
+        [b'0', _, ..] => (8, &digits[1..]),
+        _ => (10, digits),
+    };
+    // A second sign is none.
+    let unsigned = digits.bytes().all(|b| b.is_ascii_hexdigit());
+    let number = i128::from_str_radix(digits, base).ok().filter(|_| unsigned)?;
+    Some(if minus { -number } else { number })
 }
 
 #[cfg(test)]
@@ -358,6 +376,12 @@ mod tests {
         assert!(error(&["--cid"]).contains("Missing argument for --cid"));
         assert!(error(&["--exec=1"]).contains("--exec takes no value"));
         assert!(error(&["--timeout", "soon"]).contains("“soon”"));
+        for (text, number) in [("0x10", 16), ("010", 8), ("-1", -1), ("+7", 7), ("0", 0), (" 9", 9)] {
+            assert_eq!(flags(&["--timeout", text]).timeout, number, "{text:?}");
+        }
+        for bad in ["0x", "08", "1_000", "--1", "0x-1", "1.5", ""] {
+            error(&["--timeout", bad]);
+        }
         assert!(error(&["--log-max-files", "2147483648"]).contains("out of range"));
         assert!(matches!(parse(["--version".into()]), Ok(Asked::Version)));
         assert!(matches!(parse(["-h".into()]), Ok(Asked::Help)));

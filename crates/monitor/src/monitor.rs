@@ -99,7 +99,8 @@ impl Monitor {
     /// Where something can't be made; nothing has been started then.
     pub fn start(settings: Settings, logs: Logs, origin: Origin) -> Result<Self> {
         let poll = Poll::new()?;
-        let wanted = [Signal::CHLD, Signal::TERM, Signal::INT, Signal::QUIT];
+        sys::signals::keep_children();
+        let wanted = [Signal::CHLD, Signal::USR1, Signal::TERM, Signal::INT, Signal::QUIT];
         let signals = SignalFd::block(&wanted).context(|| "take signals".into())?;
         poll.watch(&signals, Token::Signals, Flags::IN)?;
         let bundle = settings.mode.bundle();
@@ -263,7 +264,8 @@ impl Monitor {
 
     fn take_signals(&mut self) {
         while let Some(signal) = self.signals.next() {
-            if signal == Signal::CHLD {
+            // The original takes SIGUSR1 for a call to look after its children.
+            if signal == Signal::CHLD || signal == Signal::USR1 {
                 if let Err(e) = self.children.sweep() {
                     say::warn(format_args!("{e}"));
                 }

@@ -38,6 +38,17 @@ impl Level {
         }
     }
 
+    /// What stands in front of a message in syslog.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "nwarn",
+            Self::Info => "ninfo",
+            Self::Debug => "ndebug",
+            Self::Trace => "ntrace",
+        }
+    }
+
     fn letter(self) -> char {
         match self {
             Self::Error => 'e',
@@ -69,11 +80,14 @@ fn say(level: Level, text: Arguments<'_>) {
     // Nobody may be there to read it.
     let _ = writeln!(std::io::stderr(), "[conmon:{}]: {text}", level.letter());
     if let Some(id) = now.and_then(|s| s.syslog.as_deref()) {
-        // Facility "user"; errors and the rest, as conmon has it.
-        let priority = if level == Level::Error { 8 + 3 } else { 8 + 6 };
-        let line = format!("<{priority}>conmon[{}]: conmon {id} <{text}>", std::process::id());
-        let _ = to_syslog(line.as_bytes());
+        let _ = to_syslog(line(level, id, text).as_bytes());
     }
+}
+
+/// A line as conmon has it. Facility "user"; errors, and all others as information.
+fn line(level: Level, id: &str, text: Arguments<'_>) -> String {
+    let priority = if level == Level::Error { 8 + 3 } else { 8 + 6 };
+    format!("<{priority}>conmon[{}]: conmon {id} <{}>: {text}", std::process::id(), level.word())
 }
 
 fn to_syslog(line: &[u8]) -> std::result::Result<(), rustix::io::Errno> {
@@ -101,4 +115,16 @@ pub fn info(text: Arguments<'_>) {
 /// How it happens.
 pub fn debug(text: Arguments<'_>) {
     say(Level::Debug, text);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn syslog_s_lines_are_conmon_s() {
+        let pid = std::process::id();
+        assert_eq!(line(Level::Error, "abc", format_args!("x")), format!("<11>conmon[{pid}]: conmon abc <error>: x"));
+        assert_eq!(line(Level::Warn, "abc", format_args!("y")), format!("<14>conmon[{pid}]: conmon abc <nwarn>: y"));
+    }
 }

@@ -51,6 +51,14 @@ impl SignalFd {
     }
 }
 
+/// Makes children stay until they are waited for. A caller that ignores SIGCHLD hands
+/// that on to whom it starts, and the kernel then reaps our children itself: nobody
+/// would learn how they ended.
+pub fn keep_children() {
+    // SAFETY: the default disposition runs no code of ours.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// Blocks no signal any more in the calling thread.
 pub fn unblock_all() {
     let mut set = MaybeUninit::uninit();

@@ -16,7 +16,7 @@ use stdio::Stream;
 use types::Result;
 
 /// All logs of one process.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Logs {
     file: Option<K8sFile>,
     journal: Option<Journal>,
