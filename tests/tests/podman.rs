@@ -301,10 +301,10 @@ fn options_act_alike() {
     assert_eq!((seen[1].0.as_str(), seen[3].0.as_str()), ("through\n", "again\nagain\nagain\n"));
 }
 
-/// `LONGSHORE_PODMAN_RUNS` sets how many; 200 is what was seen to hold by hand.
+/// `LONGSHORE_PODMAN_RUNS` sets how many; 200 take about half a minute.
 #[test]
 fn short_runs_in_parallel_miss_no_exit() {
-    let runs: usize = std::env::var("LONGSHORE_PODMAN_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(24);
+    let runs: usize = std::env::var("LONGSHORE_PODMAN_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(200);
     let p = Podman::new(bin_dir().join("longshore-conmon"));
     let next = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|s| {
