@@ -6,10 +6,12 @@
 use super::Inner;
 use super::config::Timeouts;
 use super::pod::Pod;
+use super::rpc::{Fault, call};
 use super::shim::Shim;
 use super::task::Task;
 use crate::api::{PodProcess, RecoverPod, RecoveredPod, TaskState};
 use crate::bundle::{self, blocking};
+use proto::containerd::task::v3 as wire;
 use std::collections::HashSet;
 use std::sync::Arc;
 use tokio::task::JoinSet;
@@ -125,12 +127,22 @@ impl Inner {
         }
     }
 
+    /// Whether the OCI runtime has a container of this name: it keeps a directory for
+    /// each, from before the first process to its delete.
+    async fn is_known_to_runtime(&self, pod: &str, id: &str) -> bool {
+        let Ok(handler) = self.handler_of(pod).await else { return false };
+        handler.runtime_root.join(&self.cfg.namespace).join(id).exists()
+    }
+
     /// Takes down what counts as never made, or belongs to no record.
     pub(super) async fn undo(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>, id: &str) -> Result<()> {
         self.condemn_task(&pod.id, id).await?;
         self.kill_and_delete(pod, shim, id).await?;
-        pod.update(|s| s.tasks.remove(id));
         let dir = self.layout.task(&pod.id, id);
+        if dir.exists() && self.is_known_to_runtime(&pod.id, id).await {
+            self.bury_task(&pod.id, id).await;
+        }
+        pod.update(|s| s.tasks.remove(id));
         blocking(move || bundle::remove_task(&dir)).await
     }
 
@@ -149,9 +161,7 @@ impl Inner {
         }
         let state = match self.ask_state(pod, shim, id).await {
             Ok(state) => state,
-            // No task: it was deleted, or died with an earlier shim, and only
-            // its bundle still tells how.
-            Err(e) if e.is_not_found() => return Ok(self.recover_dead(pod, id, wanted).await),
+            Err(e) if e.is_not_found() => return self.recover_unknown(pod, shim, id).await,
             // The shim still creates it for a daemon that has died: nobody has been
             // told that it came up, and whoever asked for its start asks again.
             Err(e) if e.kind() == ErrorKind::FailedPrecondition => {
@@ -177,17 +187,38 @@ impl Inner {
         Ok(Some(state))
     }
 
-    /// A container whose shim is dead, or that its shim does not know. `None`
+    /// A container of which its shim knows nothing, or whose shim has just died.
+    async fn recover_unknown(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        shim: &Arc<Shim>,
+        id: &str,
+    ) -> Result<Option<TaskState>> {
+        let dir = self.layout.task(&pod.id, id);
+        let bound = shim.timeouts().state;
+        let request = wire::StateRequest { id: id.to_string(), exec_id: String::new() };
+        let unreached = match call(bound, shim.task().state(bound, request)).await {
+            Err(e) => matches!(e, Fault::Closed | Fault::Late),
+            Ok(_) => false,
+        };
+        // It was deleted, or died with an earlier shim, and only its bundle still tells how.
+        if unreached || !dir.exists() || bundle::certificate(&dir).is_some() {
+            return Ok(self.recover_dead(pod, id, true).await);
+        }
+        // It was never made; or only now, for the shim had yet to read the Create of a
+        // daemon that died.
+        self.undo(pod, shim, id).await?;
+        Ok(None)
+    }
+
+    /// A container whose shim is dead, or that died with an earlier one. `None`
     /// where it was never made.
     async fn recover_dead(self: &Arc<Self>, pod: &Arc<Pod>, id: &str, wanted: bool) -> Option<TaskState> {
         let dir = self.layout.task(&pod.id, id);
         if !dir.exists() {
             return None;
         }
-        // The OCI runtimes keep a directory per container, from before the first
-        // process to their delete.
-        let root = self.handler_of(&pod.id).await.ok()?.runtime_root;
-        let known = root.join(&self.cfg.namespace).join(id).exists();
+        let known = self.is_known_to_runtime(&pod.id, id).await;
         let made = !bundle::is_condemned(&dir) && (known || bundle::certificate(&dir).is_some());
         let certificate = self.bury_task(&pod.id, id).await;
         if wanted && made {
