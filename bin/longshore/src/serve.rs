@@ -303,11 +303,12 @@ fn network_config(config: &Config) -> Result<network::NetworkConfig> {
         },
         builtin: network::BuiltinConfig {
             bridge: builtin.bridge.clone(),
-            ranges,
+            ranges: if builtin.ranges.is_empty() { network::BuiltinConfig::default_ranges() } else { ranges },
             mtu: (builtin.mtu > 0).then_some(builtin.mtu),
             table: builtin.table.clone(),
             masquerade: builtin.masquerade,
         },
+        ranges_of_pod_cidr: builtin.ranges.is_empty(),
     })
 }
 

@@ -4,7 +4,6 @@ use crate::map;
 use ::pods::{Handler, Pods};
 use proto::cri::*;
 use serde_json::json;
-use types::{Error, Result};
 
 /// A condition of Status.
 #[derive(Debug, Clone)]
@@ -102,25 +101,5 @@ impl Node {
     pub(crate) fn runtime_config(&self) -> RuntimeConfigResponse {
         let driver = if self.systemd_cgroup { CgroupDriver::Systemd } else { CgroupDriver::Cgroupfs };
         RuntimeConfigResponse { linux: Some(LinuxRuntimeConfiguration { cgroup_driver: driver.into() }) }
-    }
-
-    /// The pod CIDR is of use only to a network that is made from a template; one
-    /// that can't be read is refused, so that a typo shows.
-    pub(crate) fn update_runtime_config(&self, r: UpdateRuntimeConfigRequest) -> Result<UpdateRuntimeConfigResponse> {
-        let cidr = r.runtime_config.and_then(|c| c.network_config).map(|n| n.pod_cidr).unwrap_or_default();
-        for part in cidr.split(',').filter(|p| !p.is_empty()) {
-            let valid = part.split_once('/').is_some_and(|(address, bits)| {
-                let widest = match address.parse::<std::net::IpAddr>() {
-                    Ok(std::net::IpAddr::V4(_)) => 32,
-                    Ok(std::net::IpAddr::V6(_)) => 128,
-                    Err(_) => return false,
-                };
-                bits.parse::<u8>().is_ok_and(|b| b <= widest)
-            });
-            if !valid {
-                return Err(Error::invalid(format!("pod CIDR {part:?} is no ADDRESS/BITS")));
-            }
-        }
-        Ok(UpdateRuntimeConfigResponse {})
     }
 }

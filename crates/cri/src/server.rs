@@ -93,7 +93,9 @@ impl RuntimeService for Cri {
         &self,
         r: Request<UpdateRuntimeConfigRequest>,
     ) -> Answer<UpdateRuntimeConfigResponse> {
-        self.node.update_runtime_config(r.into_inner()).map(Response::new).map_err(status("UpdateRuntimeConfig"))
+        let config = r.into_inner().runtime_config.and_then(|c| c.network_config).unwrap_or_default();
+        let taken = self.pods.set_pod_cidr(&config.pod_cidr).await;
+        taken.map(|()| Response::new(UpdateRuntimeConfigResponse {})).map_err(status("UpdateRuntimeConfig"))
     }
 
     async fn run_pod_sandbox(&self, r: Request<RunPodSandboxRequest>) -> Answer<RunPodSandboxResponse> {

@@ -12,6 +12,7 @@
 //! nft/         nf_tables' messages
 //! netlink/     links, addresses, routes, limits, tracked connections
 //! turns.rs     one operation per pod at a time
+//! checks.rs    what is amiss of pods' networks
 //! ```
 //!
 //! A new namespace has `lo` up (`sys::namespace` does that while it makes it) and
@@ -19,6 +20,7 @@
 //! detached rightly whatever the configuration has become.
 
 mod builtin;
+mod checks;
 pub mod cni;
 mod host_ports;
 mod netlink;
@@ -35,13 +37,14 @@ pub use host_ports::HostPorts;
 pub use netns::NetnsDir;
 
 use ::types::{Error, Result};
+use checks::Checks;
 use cni::{Cni, CniConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use store::Store;
 
@@ -50,6 +53,8 @@ use store::Store;
 const ATTACH_BOUND: Duration = Duration::from_secs(100);
 /// The same for a detachment: below its bound on StopPodSandbox, 2 min.
 const DETACH_BOUND: Duration = Duration::from_secs(60);
+/// The database's key of the pod CIDR: a kubelet tells it once, not to each daemon.
+const POD_CIDR: &str = "pod_cidr";
 /// How soon and how seldom what could not be detached, of pods that nobody knows any
 /// more, is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
@@ -77,6 +82,9 @@ pub struct NetworkConfig {
     pub cni: CniConfig,
     /// The built-in network.
     pub builtin: BuiltinConfig,
+    /// Whether the pod CIDR, once one was told, takes the place of the built-in
+    /// network's ranges.
+    pub ranges_of_pod_cidr: bool,
 }
 
 /// Whether pods can be attached, as a condition of the node.
@@ -126,6 +134,11 @@ struct Inner {
     mode: Mode,
     cni: Cni,
     builtin: Builtin,
+    store: Store,
+    ranges_of_pod_cidr: bool,
+    /// The networks that this node's pods have their addresses from, as it was told.
+    pod_cidr: RwLock<Vec<Net>>,
+    checks: Mutex<Checks>,
     /// Something of the built-in network or its host ports was claimed, now or before:
     /// where nothing ever was, nothing needs to be freed.
     claimed: AtomicBool,
@@ -153,13 +166,73 @@ impl Network {
         let by_cni = matches!(config.mode, Mode::Auto | Mode::Cni);
         let cni = Cni::open(config.cni, by_cni)?;
         let claimed = !store.network_claims().await?.is_empty();
-        let builtin = Builtin::open(config.builtin, store).await?;
-        let (mode, strays) = (config.mode, Mutex::default());
-        let this = Self(Arc::new(Inner { mode, cni, builtin, claimed: false.into(), watched: false.into(), strays }));
+        let builtin = Builtin::open(config.builtin, store.clone()).await?;
+        let this = Self(Arc::new(Inner {
+            mode: config.mode,
+            cni,
+            builtin,
+            store: store.clone(),
+            ranges_of_pod_cidr: config.ranges_of_pod_cidr,
+            pod_cidr: RwLock::default(),
+            checks: Mutex::default(),
+            claimed: false.into(),
+            watched: false.into(),
+            strays: Mutex::default(),
+        }));
         if claimed {
             this.claim();
         }
+        if let Some(told) = store.meta(POD_CIDR).await?
+            && let Err(e) = this.use_pod_cidr(&told).await
+        {
+            tracing::warn!("the pod CIDR {told} that was told before is not used: {e}");
+        }
         Ok(this)
+    }
+
+    /// Takes the node's pod CIDR, networks separated by commas, as a kubelet tells it
+    /// (UpdateRuntimeConfig): plugins are told of it that ask for `ipRanges`, and where
+    /// no ranges are configured it is those of the built-in network. Pods keep what
+    /// they have. It is remembered; an empty one changes nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for what is no list of networks, or where the built-in network
+    /// attaches pods and can't use it; nothing has changed then.
+    pub async fn set_pod_cidr(&self, told: &str) -> Result<()> {
+        if told.trim().is_empty() {
+            return Ok(());
+        }
+        if self.use_pod_cidr(told).await? {
+            self.0.store.set_meta(POD_CIDR, told).await?;
+        }
+        Ok(())
+    }
+
+    /// True where it is another one than before.
+    async fn use_pod_cidr(&self, told: &str) -> Result<bool> {
+        let parts = told.split(',').map(str::trim).filter(|p| !p.is_empty());
+        let nets = parts.map(|p| p.parse().map(builtin::network_of)).collect::<Result<Vec<Net>>>();
+        let nets = nets.map_err(|e| e.within("the pod CIDR"))?;
+        if *self.0.pod_cidr.read().unwrap_or_else(PoisonError::into_inner) == nets {
+            return Ok(false);
+        }
+        if self.0.ranges_of_pod_cidr {
+            let six = builtin::node_has_ipv6();
+            let ours = nets.iter().filter(|net| six || net.address.is_ipv4());
+            let ranges = ours.map(|net| (*net).try_into()).collect::<Result<Vec<IpRange>>>();
+            let used = match ranges {
+                Ok(ranges) => self.0.builtin.set_ranges(ranges).await,
+                Err(e) => Err(e),
+            };
+            match (used, self.by() == By::Builtin) {
+                (Err(e), true) => return Err(e.within("the pod CIDR")),
+                (Err(e), false) => tracing::warn!("the built-in network could not use the pod CIDR {told}: {e}"),
+                (Ok(()), true) => tracing::info!("the built-in network gives addresses of the pod CIDR {told}"),
+                (Ok(()), false) => {}
+            }
+        }
+        *self.0.pod_cidr.write().unwrap_or_else(PoisonError::into_inner) = nets;
+        Ok(true)
     }
 
     /// Before anything of ours is claimed. From then on our table is watched.
@@ -204,14 +277,24 @@ impl Network {
                 By::Nobody => Ok(Vec::new()),
             }
         };
-        let networks = bounded(ATTACH_BOUND, "attaching it to its network", networks).await?;
-        Ok(PodNetwork { networks })
+        match tokio::time::timeout(ATTACH_BOUND, networks).await {
+            Ok(networks) => Ok(PodNetwork { networks: networks? }),
+            Err(_) => {
+                // Plugins were killed, but may take a moment to die: DEL comes next.
+                let late = overdue(ATTACH_BOUND, "attaching it to its network");
+                match self.0.cni.end_plugins(&request.pod_id).await {
+                    Ok(()) => Err(late),
+                    Err(e) => Err(Error::new(late.kind(), format!("{late}; {e}"))),
+                }
+            }
+        }
     }
 
     /// By plugins, and where none of them leads host ports, these by ourselves.
     async fn attach_by_cni(&self, request: &AttachRequest) -> Result<Vec<Attached>> {
         let ours = !request.ports.is_empty() && !self.0.cni.asks_for("portMappings");
-        let networks = self.0.cni.attach(request).await?;
+        let pod_cidr = self.0.pod_cidr.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let networks = self.0.cni.attach(request, &pod_cidr).await?;
         if let Some(first) = networks.first().filter(|_| ours) {
             self.claim();
             let ports = self.0.builtin.host_ports();
@@ -248,6 +331,7 @@ impl Network {
                 errors.extend(from_builtin.await.err());
             }
             errors.extend(self.0.cni.detach(pod).await.err());
+            self.checks().forget(pod);
             if errors.len() == 1 { errors.pop().map_or(Ok(()), Err) } else { Error::join("its networks", errors) }
         };
         bounded(DETACH_BOUND, "detaching it from its network", detach).await
@@ -285,12 +369,27 @@ impl Network {
         }
     }
 
-    /// Asks whether a pod's network is as it was made.
+    /// Asks whether a pod's network is as it was made: the built-in one looks at the
+    /// pod's link, plugins are asked by CHECK. What is amiss is also told by
+    /// [`Self::status`] until the pod is detached or checked again.
     ///
     /// # Errors
     /// What is amiss.
     pub async fn check(&self, pod: &str) -> Result<()> {
-        bounded(DETACH_BOUND, "checking its network", self.0.cni.check(pod)).await
+        self.checks().begin(pod);
+        let check = async {
+            if self.0.claimed.load(Ordering::Relaxed) {
+                self.0.builtin.check(pod).await?;
+            }
+            self.0.cni.check(pod).await
+        };
+        let checked = bounded(DETACH_BOUND, "checking its network", check).await;
+        self.checks().note(pod, checked.as_ref().err().map(ToString::to_string));
+        checked
+    }
+
+    fn checks(&self) -> MutexGuard<'_, Checks> {
+        self.0.checks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Frees what former daemons left of pods that are not `live`. To be called before
@@ -335,6 +434,17 @@ impl Network {
 
     /// Whether pods can be attached.
     pub async fn status(&self) -> Readiness {
+        let mut readiness = self.readiness().await;
+        if readiness.ready && readiness.reason.is_empty() {
+            let checks = self.checks();
+            if let Some(message) = checks.message() {
+                (readiness.reason, readiness.message) = ("PodNetworkAmiss".into(), message);
+            }
+        }
+        readiness
+    }
+
+    async fn readiness(&self) -> Readiness {
         match self.by() {
             By::Cni => self.0.cni.status().await,
             By::Builtin => Readiness::ready(),
@@ -348,15 +458,20 @@ impl Network {
     /// For `crictl info`: the mode, and what is configured.
     pub fn info(&self) -> Value {
         let cni = (self.by() == By::Cni).then(|| self.0.cni.info());
-        json!({ "mode": self.0.mode, "cni": cni })
+        let pod_cidr = self.0.pod_cidr.read().unwrap_or_else(PoisonError::into_inner).clone();
+        json!({ "mode": self.0.mode, "cni": cni, "podCidr": pod_cidr, "amiss": self.checks().amiss() })
     }
 }
 
 async fn bounded<T>(bound: Duration, what: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
     match tokio::time::timeout(bound, work).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(Error::deadline(format!("{what} has not ended after {} s", bound.as_secs()))),
+        Err(_) => Err(overdue(bound, what)),
     }
+}
+
+fn overdue(bound: Duration, what: &str) -> Error {
+    Error::deadline(format!("{what} has not ended after {} s", bound.as_secs()))
 }
 
 /// Runs system calls that may wait for the kernel's locks where they hold nobody up;

@@ -374,6 +374,14 @@ impl Pods {
         self.shared.network.status().await
     }
 
+    /// Takes the networks that this node's pods get their addresses from.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for what is none, or can't be used.
+    pub async fn set_pod_cidr(&self, told: &str) -> Result<()> {
+        self.shared.network.set_pod_cidr(told).await
+    }
+
     /// How pods are attached, for people.
     pub fn network_info(&self) -> serde_json::Value {
         self.shared.network.info()

@@ -370,12 +370,18 @@ fn check_networks(shared: &Arc<Shared>, stored: &[Stored]) {
     let ready = stored.iter().filter(|s| s.pod.state.phase == PodPhase::Ready);
     let pods: Vec<(String, String)> = ready.map(|s| (s.pod.id.clone(), s.pod.name())).collect();
     let shared = shared.clone();
+    if pods.is_empty() {
+        return;
+    }
     tokio::spawn(async move {
+        let (all, mut amiss) = (pods.len(), 0);
         for (id, name) in pods {
             if let Err(e) = shared.network.check(&id).await {
+                amiss += 1;
                 tracing::warn!("pod {name} ({id:.12}), whether its network is as it was made: {e}");
             }
         }
+        tracing::info!("the networks of {all} pods were looked at, {amiss} are amiss");
     });
 }
 

@@ -35,7 +35,7 @@ async fn no_network(root: &TempRoot, store: store::Store) -> network::Network {
         cache_dir: root.join("root/cni"),
     };
     let builtin = network::BuiltinConfig::default();
-    let config = network::NetworkConfig { mode: network::Mode::None, cni, builtin };
+    let config = network::NetworkConfig { mode: network::Mode::None, cni, builtin, ranges_of_pod_cidr: false };
     network::Network::open(config, store).await.unwrap()
 }
 

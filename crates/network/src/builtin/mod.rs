@@ -6,7 +6,7 @@
 //!   longshore0  10.85.0.1/16, fd…::1/64
 //!      └── lsh0123456789ab ═══ veth ═══ eth0  10.85.0.7/16, fd…::7/64
 //!                                        default via 10.85.0.1, fd…::1
-//!   attach: claim addresses ─► make the link, claim and lead host ports
+//!   attach: claim addresses ─► make the link ─► claim and lead host ports
 //!   detach: host ports; link ─► free addresses
 //! ```
 //!
@@ -34,7 +34,7 @@ use node::Node;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use store::{AddressWish, Store};
 
 /// How the built-in network is to be.
@@ -58,7 +58,7 @@ impl BuiltinConfig {
     /// Ranges that no usual network has: one of IPv4, and one of IPv6 where this
     /// node has IPv6.
     pub fn default_ranges() -> Vec<IpRange> {
-        let six = Path::new("/proc/sys/net/ipv6").exists();
+        let six = node_has_ipv6();
         let all = ["10.85.0.0/16", "fd4c:6f6e:6773::/64"].iter().filter_map(|r| r.parse::<IpRange>().ok());
         all.filter(|r| six || r.gateway().address.is_ipv4()).collect()
     }
@@ -84,7 +84,9 @@ pub struct Builtin {
 
 #[derive(Debug)]
 struct Inner {
-    config: BuiltinConfig,
+    config: RwLock<BuiltinConfig>,
+    /// Held for writing while the ranges change: nobody attaches a pod meanwhile.
+    changing: tokio::sync::RwLock<()>,
     store: Store,
     ports: HostPorts,
     node: Mutex<Option<Node>>,
@@ -113,7 +115,8 @@ impl Builtin {
         check(&config)?;
         Ok(Self {
             inner: Arc::new(Inner {
-                config,
+                config: RwLock::new(config),
+                changing: tokio::sync::RwLock::default(),
                 store,
                 ports,
                 node: Mutex::new(None),
@@ -147,7 +150,8 @@ impl Builtin {
     }
 
     async fn attach_or_undo(&self, request: &AttachRequest) -> Result<Attachment> {
-        let wishes = wishes(&self.inner.config.ranges, &request.static_ips)
+        let _unchanged = self.inner.changing.read().await;
+        let wishes = wishes(&self.config().ranges, &request.static_ips)
             .map_err(|e| e.within(format!("attach pod {}", request.pod_id)))?;
         let addresses = self.claim(&request.pod_id, wishes).await?;
         match self.attach_with(request, &addresses).await {
@@ -189,12 +193,8 @@ impl Builtin {
             bandwidth: request.bandwidth,
         };
         let this = self.clone();
-        let plugged = crate::blocking("attach a pod", move || this.plug(&plug));
-        let led = self.inner.ports.lead(&request.pod_id, &addresses, &request.ports, Localnet::Done);
-        // Both to their end: a half-made side can't be undone.
-        let (node, led) = tokio::join!(plugged, led);
-        let node = node?;
-        led?;
+        let node = crate::blocking("attach a pod", move || this.plug(&plug)).await?;
+        self.inner.ports.lead(&request.pod_id, &addresses, &request.ports, Localnet::Done).await?;
         let host_interface = Some(pod::host_interface(&request.pod_id));
         Ok(Attachment { addresses, gateways, mac: Some(mac), host_interface, mtu: Some(node.mtu) })
     }
@@ -203,7 +203,7 @@ impl Builtin {
     fn plug(&self, plug: &pod::Plug) -> Result<Node> {
         let node = self.prepare()?;
         let Err(e) = plug.make(node) else { return Ok(node) };
-        if node::stands(&self.inner.config, node)? {
+        if node::stands(&self.config(), node)? {
             return Err(e);
         }
         *self.node() = None;
@@ -214,11 +214,11 @@ impl Builtin {
 
     /// The bridge, the sysctls and the table.
     fn prepare(&self) -> Result<Node> {
-        let config = &self.inner.config;
+        let config = self.config();
         let mut ready = self.node();
         let node = match *ready {
             Some(node) => node,
-            None => node::ensure(config).map_err(|e| e.within("prepare the node for the built-in network"))?,
+            None => node::ensure(&config).map_err(|e| e.within("prepare the node for the built-in network"))?,
         };
         let former = self.inner.former.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let all = config.ranges.iter().copied().chain(former);
@@ -277,6 +277,50 @@ impl Builtin {
         self.inner.store.free_addresses(pod_id).await.map(drop)
     }
 
+    /// Gives addresses of these ranges from now on. Pods that have others keep them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for ranges that can't work, and nothing has changed then; when
+    /// the database can't be read.
+    pub async fn set_ranges(&self, ranges: Vec<IpRange>) -> Result<()> {
+        let config = BuiltinConfig { ranges, ..self.config() };
+        check(&config)?;
+        let (this, config) = (self.clone(), config.clone());
+        crate::to_its_end("change the ranges of pods' addresses", async move {
+            let _alone = this.inner.changing.write().await;
+            if this.config() == config {
+                return Ok(());
+            }
+            let held = this.inner.store.network_claims().await?;
+            let used: BTreeSet<&str> = held.iter().flat_map(|c| c.addresses.iter().map(|(r, _)| r.as_str())).collect();
+            this.keep_former(&config.ranges, &used);
+            *this.inner.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+            // The next pod finds the bridge without their gateways, and gives it those.
+            *this.node() = None;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Remembers ranges that pods still have addresses of.
+    fn keep_former(&self, configured: &[IpRange], used: &BTreeSet<&str>) {
+        let former = used.iter().filter_map(|r| r.parse().ok()).filter(|r| !configured.contains(r)).collect();
+        *self.inner.former.lock().unwrap_or_else(PoisonError::into_inner) = former;
+    }
+
+    /// Whether a pod's link is as it was made; a pod that has none is fine.
+    ///
+    /// # Errors
+    /// `FailedPrecondition`, naming what is amiss.
+    pub async fn check(&self, pod_id: &str) -> Result<()> {
+        let held = self.inner.store.network_claims().await?;
+        if !held.iter().any(|c| c.pod_id == pod_id && !c.addresses.is_empty()) {
+            return Ok(());
+        }
+        let (config, interface) = (self.config(), pod::host_interface(pod_id));
+        crate::blocking("look at a pod's link", move || node::check_link(&config, &interface)).await
+    }
+
     /// Frees what no pod of `live` holds: addresses, ports, links; and makes the table
     /// as it should be. Returns what was removed.
     ///
@@ -284,7 +328,7 @@ impl Builtin {
     /// Lists all that failed; the rest is done.
     pub async fn reconcile(&self, live: &BTreeSet<String>) -> Result<Vec<String>> {
         let (mut removed, mut failed) = (Vec::new(), Vec::new());
-        let bridge = self.inner.config.bridge.clone();
+        let bridge = self.config().bridge;
         let plugged = crate::blocking("list the bridge's ports", move || node::plugged(&bridge)).await?;
         let held = self.inner.store.network_claims().await?;
         for claims in held.iter().filter(|c| !c.addresses.is_empty() && !live.contains(&c.pod_id)) {
@@ -308,9 +352,7 @@ impl Builtin {
             .filter(|c| live.contains(&c.pod_id))
             .flat_map(|c| c.addresses.iter().map(|(range, _)| range.as_str()))
             .collect();
-        let configured = &self.inner.config.ranges;
-        let former = used.iter().filter_map(|r| r.parse().ok()).filter(|r| !configured.contains(r)).collect();
-        *self.inner.former.lock().unwrap_or_else(PoisonError::into_inner) = former;
+        self.keep_former(&self.config().ranges, &used);
         if !used.is_empty() {
             let this = self.clone();
             failed.extend(crate::blocking("prepare the node", move || this.prepare()).await.err());
@@ -322,11 +364,13 @@ impl Builtin {
         Error::join("reconcile the built-in network", failed).map(|()| removed)
     }
 
-    /// The pods that have an address or a host port.
+    /// The pods that have an address or a host port; those that are leaving have none
+    /// when this returns.
     ///
     /// # Errors
     /// When the database can't be read.
     pub async fn attached(&self) -> Result<BTreeSet<String>> {
+        self.inner.leaving.wait_for(self.inner.leaving.now()).await;
         Ok(self.inner.store.network_claims().await?.into_iter().map(|c| c.pod_id).collect())
     }
 
@@ -343,7 +387,7 @@ impl Builtin {
         let this = self.clone();
         let bridge = crate::blocking("remove the bridge", move || {
             let mut ready = this.node();
-            if node::remove_bridge(&this.inner.config.bridge)? {
+            if node::remove_bridge(&this.config().bridge)? {
                 *ready = None;
                 this.inner.ports.rules().forget_ranges();
             }
@@ -355,13 +399,22 @@ impl Builtin {
     }
 
     fn range_of(&self, address: IpAddr) -> Option<IpRange> {
-        self.inner.config.ranges.iter().copied().find(|r| r.contains(address))
+        self.config().ranges.into_iter().find(|r| r.contains(address))
+    }
+
+    fn config(&self) -> BuiltinConfig {
+        self.inner.config.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The bridge, once it has been made; held only over system calls.
     fn node(&self) -> MutexGuard<'_, Option<Node>> {
         self.inner.node.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the kernel speaks IPv6.
+pub(crate) fn node_has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
 }
 
 fn check(config: &BuiltinConfig) -> Result<()> {

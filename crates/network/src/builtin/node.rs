@@ -5,7 +5,6 @@ use crate::netlink::{Batch, Socket, route};
 use crate::{IpRange, Mac};
 use ::types::{Error, Result};
 use std::net::IpAddr;
-use std::path::Path;
 
 /// What an interface has where nothing says otherwise.
 const USUAL_MTU: u32 = 1500;
@@ -66,6 +65,28 @@ pub(crate) fn ensure(config: &BuiltinConfig) -> Result<Node> {
 pub(crate) fn stands(config: &BuiltinConfig, node: Node) -> Result<bool> {
     let socket = Socket::open(sys::netlink::Protocol::Route)?;
     Ok(route::link(&socket, &config.bridge)?.is_some_and(|l| l.index == node.bridge && l.up))
+}
+
+/// Whether a pod's link is up and plugged into the bridge.
+///
+/// # Errors
+/// `FailedPrecondition`, naming what is amiss.
+pub(crate) fn check_link(config: &BuiltinConfig, name: &str) -> Result<()> {
+    let socket = Socket::open(sys::netlink::Protocol::Route)?;
+    let Some(link) = route::link(&socket, name)? else {
+        return Err(Error::precondition(format!("its interface {name} is gone")).hint("the pod has to be made anew"));
+    };
+    let bridge = route::link(&socket, &config.bridge)?.map_or(0, |l| l.index);
+    if !link.up {
+        return Err(Error::precondition(format!("its interface {name} is down")).hint(format!("ip link set {name} up")));
+    }
+    if bridge == 0 || link.master != bridge {
+        let hint = format!("ip link set {name} master {}", config.bridge);
+        return Err(
+            Error::precondition(format!("its interface {name} is not plugged into {}", config.bridge)).hint(hint)
+        );
+    }
+    Ok(())
 }
 
 /// Removes the bridge, unless an interface is plugged into it. True when it is gone.
@@ -132,7 +153,7 @@ fn settings(config: &BuiltinConfig) -> Result<()> {
         route::set_conf("ipv4", bridge, "route_localnet", "1")?;
     }
     if has(false) {
-        if !Path::new("/proc/sys/net/ipv6").exists() {
+        if !super::node_has_ipv6() {
             return Err(Error::precondition("this node has no IPv6, but pods are to have IPv6 addresses")
                 .hint("configure IPv4 ranges only"));
         }

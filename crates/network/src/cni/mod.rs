@@ -24,7 +24,7 @@ mod result;
 mod told;
 
 use crate::Readiness;
-use crate::types::{AttachRequest, Attached};
+use crate::types::{AttachRequest, Attached, Net};
 use ::types::{Error, Result, ResultExt};
 use cache::{Cache, Record};
 use conf_dir::{ConfDir, Loaded};
@@ -153,10 +153,10 @@ impl Cni {
     ///
     /// # Errors
     /// Names plugin and network, with the plugin's own words.
-    pub async fn attach(&self, request: &AttachRequest) -> Result<Vec<Attached>> {
+    pub async fn attach(&self, request: &AttachRequest, pod_cidr: &[Net]) -> Result<Vec<Attached>> {
         let lists = self.selected(&self.loaded())?;
         let args = told::args(request)?;
-        let capabilities = told::capabilities(request);
+        let capabilities = told::capabilities(request, pod_cidr);
         // Before anything is attached: what was never begun needs no end.
         for plugin in lists.iter().flat_map(|l| &l.plugins) {
             self.plugins.find(&plugin.kind)?;
@@ -307,9 +307,7 @@ impl Cni {
         let (records, mut errors) = self.cache.all();
         let pods: BTreeSet<String> = records.iter().map(|r| r.container_id.clone()).collect();
         if !pods.is_empty() {
-            let all = pods.clone();
-            let ended = tokio::task::spawn_blocking(move || plugin::end_orphans(&all)).await;
-            errors.extend(ended.context(|| "look for old plugins".into()).and_then(|r| r).err());
+            errors.extend(end_plugins(pods.clone()).await.err());
         }
         let stale: Vec<&String> = pods.difference(live).collect();
         let mut left = BTreeSet::new();
@@ -329,6 +327,15 @@ impl Cni {
     /// The pods that records name; one that can't be read names none.
     pub fn attached(&self) -> BTreeSet<String> {
         self.cache.all().0.into_iter().map(|r| r.container_id).collect()
+    }
+
+    /// Ends the plugins that still run for a pod whose attachment was given up, and
+    /// waits for their deaths.
+    ///
+    /// # Errors
+    /// Names those that don't die.
+    pub async fn end_plugins(&self, pod: &str) -> Result<()> {
+        end_plugins(BTreeSet::from([pod.to_owned()])).await
     }
 
     /// GC by the plugins of the networks in use.
@@ -381,4 +388,9 @@ impl Cni {
 
 fn subject<'a>(record: &'a Record, netns: &'a Path) -> Subject<'a> {
     Subject { pod: &record.container_id, netns, interface: &record.if_name, args: &record.cni_args }
+}
+
+async fn end_plugins(pods: BTreeSet<String>) -> Result<()> {
+    let ended = tokio::task::spawn_blocking(move || plugin::end_orphans(&pods)).await;
+    ended.context(|| "look for old plugins".into()).and_then(|ended| ended)
 }

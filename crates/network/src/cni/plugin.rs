@@ -275,8 +275,8 @@ impl Drop for Group {
     }
 }
 
-/// Ends the plugins that a former daemon started for these pods and that still run:
-/// an ADD that goes on would undo what is being freed. They are known by the pod's
+/// Ends the plugins that run for these pods, a former daemon's or those of a call that
+/// was given up: an ADD that goes on would undo what is being freed. They are known by the pod's
 /// id in their environment.
 ///
 /// # Errors
@@ -303,7 +303,7 @@ pub fn end_orphans(pods: &std::collections::BTreeSet<String>) -> Result<()> {
     };
     let stuck: Vec<String> = found.iter().filter(|(_, p)| lives(p)).map(|(pid, _)| pid.to_string()).collect();
     if !stuck.is_empty() {
-        return Err(Error::deadline(format!("CNI plugins of a former daemon don't die: pids {}", stuck.join(", "))));
+        return Err(Error::deadline(format!("CNI plugins that were killed don't die: pids {}", stuck.join(", "))));
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! What plugins are told of a pod: CNI_ARGS, and the values of the capabilities that
 //! they may ask for. Pure.
 
-use crate::types::AttachRequest;
+use crate::types::{AttachRequest, Net};
 use ::types::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -27,9 +27,15 @@ pub fn args(request: &AttachRequest) -> Result<Vec<(String, String)>> {
     Ok(all.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
 }
 
-/// The values of all capabilities that there is something to tell of.
-pub fn capabilities(request: &AttachRequest) -> Map<String, Value> {
+/// The values of all capabilities that there is something to tell of; `pod_cidr` are
+/// the networks that the node's pods have their addresses from, one of each family.
+pub fn capabilities(request: &AttachRequest, pod_cidr: &[Net]) -> Map<String, Value> {
     let mut all = Map::new();
+    if !pod_cidr.is_empty() {
+        // A set of ranges for each address that a pod gets.
+        let sets: Vec<Value> = pod_cidr.iter().map(|net| json!([{ "subnet": net.to_string() }])).collect();
+        all.insert("ipRanges".into(), sets.into());
+    }
     if !request.ports.is_empty() {
         let ports: Vec<Value> = request
             .ports
@@ -105,7 +111,7 @@ mod tests {
 
     #[test]
     fn only_what_there_is_is_told() {
-        assert!(capabilities(&request()).is_empty());
+        assert!(capabilities(&request(), &[]).is_empty());
         let port = PortMapping { protocol: Protocol::Udp, container_port: 53, host_port: 5353, host_ip: None };
         let full = AttachRequest {
             ports: vec![port],
@@ -119,8 +125,9 @@ mod tests {
             ..request()
         };
         assert_eq!(
-            Value::from(capabilities(&full)),
+            Value::from(capabilities(&full, &["10.1.0.0/24".parse().unwrap(), "fd01::/64".parse().unwrap()])),
             json!({
+                "ipRanges": [[{"subnet": "10.1.0.0/24"}], [{"subnet": "fd01::/64"}]],
                 "portMappings": [{"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": ""}],
                 "ips": ["10.0.0.7/24"],
                 "mac": "02:00:00:00:00:07",

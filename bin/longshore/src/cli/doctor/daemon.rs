@@ -82,8 +82,9 @@ pub(super) async fn daemon(all: &mut Findings, config: &Config, fix: bool) -> Op
     };
     match client.runtime.status(StatusRequest { verbose: false }).await.answer(|| "ask its status".into()) {
         Ok(status) => {
-            for c in status.status.into_iter().flat_map(|s| s.conditions).filter(|c| !c.status) {
-                let found = format!("{} is false: {} {}", c.r#type, c.reason, c.message);
+            let conditions = status.status.into_iter().flat_map(|s| s.conditions);
+            for c in conditions.filter(|c| !c.status || !c.reason.is_empty()) {
+                let found = format!("{} is {}: {} {}", c.r#type, c.status, c.reason, c.message);
                 all.warn("daemon", found, "see the daemon's log");
             }
             all.ok("daemon", format!("answers on {}", config.socket.display()));
