@@ -8,7 +8,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, Footprint, Handler, bin_dir, busybox, children, command_line, container, not_with, signal, wait_for,
+    Cri, Daemon, Footprint, Handler, NodeNet, bin_dir, busybox, children, command_line, container, not_with, signal,
+    wait_for,
 };
 use proto::cri::*;
 use std::collections::{BTreeMap, VecDeque};
@@ -16,6 +17,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use testkit::TempRoot;
 use tokio::task::JoinSet;
 use tonic::Status;
 
@@ -81,6 +83,9 @@ impl Life {
         let mut config = daemon.pod(name);
         let linux = config.linux.as_mut().unwrap();
         linux.security_context.as_mut().unwrap().namespace_options = Some(options(kind));
+        if kind == Kind::Shared {
+            config.port_mappings = vec![PortMapping { container_port: 80, host_port: HOST_PORT, ..Default::default() }];
+        }
         config.log_directory = daemon.dir().join(format!("log-{name}")).to_string_lossy().into_owned();
         Self { kind, config, next: 0, pod: String::new(), ids: BTreeMap::new(), exits: BTreeMap::new(), lives: None }
     }
@@ -273,15 +278,21 @@ fn points() -> VecDeque<String> {
     all
 }
 
+/// The port of the node that leads to a pod with a network of its own.
+const HOST_PORT: i32 = 8080;
+
 struct Walker {
     daemon: Daemon,
     bystander: Life,
     before: Footprint,
+    /// The node's network, in which the daemon itself attaches pods.
+    net: NodeNet,
 }
 
 impl Walker {
     async fn new() -> Self {
-        let mut daemon = Daemon::start().await;
+        let net = NodeNet::new();
+        let mut daemon = Daemon::in_netns(TempRoot::new(), "[network]\nmode = \"builtin\"\n", net.path()).await;
         daemon.import(&busybox(), IMAGE);
         let cri = daemon.cri().await;
         let mut bystander = Life::new(&daemon, Kind::Plain, "bystander");
@@ -295,7 +306,7 @@ impl Walker {
         daemon.terminate();
         daemon.begin().await;
         let before = daemon.footprint();
-        Self { daemon, bystander, before }
+        Self { daemon, bystander, before, net }
     }
 
     /// Kills the daemon at one point; false where a life of this kind never comes to it.
@@ -329,6 +340,10 @@ impl Walker {
             panic!("{point}: step {} can't be retried: {e}", life.next);
         }
         daemon.leaves_nothing_but(&self.before);
+        let port = HOST_PORT.to_string();
+        wait_for("link and host port are gone", BOUND, || {
+            self.net.links().is_empty() && !self.net.must(&["nft", "list", "ruleset"]).contains(&port)
+        });
         died
     }
 }

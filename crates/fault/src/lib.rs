@@ -56,6 +56,18 @@ steps! {
     UnmakeNamespaces = "unmake.namespaces",
     /// Its directories are removed.
     UnmakeDirectories = "unmake.directories",
+    /// A pod's addresses are claimed, for the built-in network.
+    NetworkClaim = "network.claim",
+    /// Its link is made.
+    NetworkLink = "network.link",
+    /// Its host ports, which are claimed by then, are led to it.
+    NetworkPorts = "network.ports",
+    /// They are led no more.
+    NetworkUnports = "network.unports",
+    /// Its link is removed.
+    NetworkUnlink = "network.unlink",
+    /// Its addresses are freed.
+    NetworkFree = "network.free",
     /// A pod's bundle is made.
     ShimBundle = "shim.bundle",
     /// The shim's `start` is run.

@@ -29,6 +29,7 @@ use crate::host_ports::Localnet;
 use crate::turns::Turns;
 use crate::{AttachRequest, Attachment, HostPorts, Net};
 use ::types::{Error, ErrorKind, Result};
+use fault::Step;
 use leaving::Leaving;
 use node::Node;
 use std::collections::BTreeSet;
@@ -153,7 +154,8 @@ impl Builtin {
         let _unchanged = self.inner.changing.read().await;
         let wishes = wishes(&self.config().ranges, &request.static_ips)
             .map_err(|e| e.within(format!("attach pod {}", request.pod_id)))?;
-        let addresses = self.claim(&request.pod_id, wishes).await?;
+        let claim = self.claim(&request.pod_id, wishes);
+        let addresses = fault::around(Step::NetworkClaim, claim).await?;
         match self.attach_with(request, &addresses).await {
             Ok(attachment) => Ok(attachment),
             Err(e) => match self.remove(&request.pod_id).await {
@@ -193,7 +195,8 @@ impl Builtin {
             bandwidth: request.bandwidth,
         };
         let this = self.clone();
-        let node = crate::blocking("attach a pod", move || this.plug(&plug)).await?;
+        let node =
+            crate::blocking("attach a pod", move || fault::during(Step::NetworkLink, || this.plug(&plug))).await?;
         self.inner.ports.lead(&request.pod_id, &addresses, &request.ports, Localnet::Done).await?;
         let host_interface = Some(pod::host_interface(&request.pod_id));
         Ok(Attachment { addresses, gateways, mac: Some(mac), host_interface, mtu: Some(node.mtu) })
@@ -273,8 +276,9 @@ impl Builtin {
     /// The link, and then the addresses, which nobody may have while it is there.
     async fn unplug(&self, pod_id: &str) -> Result<()> {
         let interface = pod::host_interface(pod_id);
-        crate::blocking("detach a pod", move || pod::unplug(&interface)).await?;
-        self.inner.store.free_addresses(pod_id).await.map(drop)
+        let unplug = move || fault::during(Step::NetworkUnlink, || pod::unplug(&interface));
+        crate::blocking("detach a pod", unplug).await?;
+        fault::around(Step::NetworkFree, self.inner.store.free_addresses(pod_id)).await.map(drop)
     }
 
     /// Gives addresses of these ranges from now on. Pods that have others keep them.

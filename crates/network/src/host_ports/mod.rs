@@ -21,6 +21,7 @@ use crate::netlink::{Socket, conntrack, route};
 use crate::turns::Turns;
 use crate::{Net, PortMapping, Protocol};
 use ::types::{Error, Result};
+use fault::Step;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -139,7 +140,11 @@ impl HostPorts {
             let _turn = this.inner.turns.take(&pod).await;
             this.inner.store.claim_ports(&pod, claims, &target).await?;
             let (ports, of) = (this.clone(), pod.clone());
-            match crate::blocking("lead host ports", move || ports.install(&of, all, localnet)).await {
+            match crate::blocking("lead host ports", move || {
+                fault::during(Step::NetworkPorts, || ports.install(&of, all, localnet))
+            })
+            .await
+            {
                 Ok(()) => Ok(()),
                 Err(e) => match this.take_away(&pod).await {
                     Ok(()) => Err(e),
@@ -178,7 +183,10 @@ impl HostPorts {
     async fn take_away(&self, pod_id: &str) -> Result<()> {
         if self.rules().has(pod_id) {
             let (ports, pod) = (self.clone(), pod_id.to_owned());
-            crate::blocking("take host ports away", move || ports.uninstall(&pod)).await?;
+            crate::blocking("take host ports away", move || {
+                fault::during(Step::NetworkUnports, || ports.uninstall(&pod))
+            })
+            .await?;
         }
         self.inner.store.free_ports(pod_id).await?;
         Ok(())
