@@ -68,7 +68,7 @@ impl Flags {
                 "debug" => flags.debug = inline.as_deref() != Some("false"),
                 "v" | "version" => flags.action = Action::Version,
                 "info" => flags.action = Action::Info,
-                "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" => {
+                "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" | "debug-socket" => {
                     let value = match inline {
                         Some(v) => v,
                         None => arguments
@@ -92,8 +92,22 @@ impl Flags {
             "address" => self.address = value,
             "publish-binary" => self.publish_binary = value,
             "bundle" => self.bundle = Some(value.into()).filter(|p: &PathBuf| !p.as_os_str().is_empty()),
-            _ => self.socket = Some(value.into()).filter(|p: &PathBuf| !p.as_os_str().is_empty()),
+            "socket" => self.socket = Some(value.into()).filter(|p: &PathBuf| !p.as_os_str().is_empty()),
+            // Go's profiles, which we have not.
+            _ => {}
         }
+    }
+
+    /// Whose container it is, which every command but `-version` and `-info` has to
+    /// know.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where it is missing.
+    pub fn require_namespace(&self) -> Result<()> {
+        if self.namespace.is_empty() {
+            return Err(Error::invalid("the namespace is missing").hint("-namespace NAME"));
+        }
+        Ok(())
     }
 
     /// The bundle's absolute path.
@@ -127,6 +141,7 @@ mod tests {
         assert_eq!((f.action, f.bundle), (Action::Delete, Some("/b".into())));
         assert_eq!(parse("-v").unwrap().action, Action::Version);
         assert_eq!(parse("").unwrap().action, Action::Serve);
+        assert_eq!(parse("-debug-socket /d start").unwrap(), parse("start").unwrap());
     }
 
     #[test]
@@ -134,5 +149,7 @@ mod tests {
         for (line, word) in [("-nope x", "-nope"), ("fly", "fly"), ("-id", "-id")] {
             assert!(parse(line).unwrap_err().to_string().contains(word));
         }
+        assert!(parse("-id x start").unwrap().require_namespace().is_err());
+        assert!(parse("-namespace n start").unwrap().require_namespace().is_ok());
     }
 }

@@ -36,6 +36,9 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: Flags) -> Result<()> {
+    if !matches!(flags.action, Action::Version | Action::Info) {
+        flags.require_namespace()?;
+    }
     match flags.action {
         Action::Version => print(format!(
             "containerd-shim-longshore-v2:\n  Version:  {}\n  Revision: \n  Go version: none (Rust)\n\n",

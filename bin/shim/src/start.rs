@@ -138,7 +138,26 @@ fn caller() -> Caller {
     }
 }
 
+/// The caller wants containers of different shims never to share a core (containerd's
+/// `sched_core`).
+const CORE_SCHEDULING: &str = "SCHED_CORE";
+
+/// Gives this process a core scheduling cookie of its own, which the shim and all its
+/// containers inherit. Without SMT there is nothing to keep apart.
+fn keep_cores_apart() -> Result<()> {
+    use rustix::thread::{CoreSchedulingScope, create_core_scheduling_cookie};
+    match create_core_scheduling_cookie(rustix::process::getpid(), CoreSchedulingScope::ThreadGroup) {
+        Ok(()) | Err(rustix::io::Errno::NODEV) => Ok(()),
+        Err(e) => Err(Error::precondition(format!("{CORE_SCHEDULING} is set, and the kernel has no core scheduling"))
+            .because(e)
+            .hint("set sched_core = false")),
+    }
+}
+
 fn spawn(flags: &Flags, told: &Bootstrap, bundle: &Path, listener: UnixListener, address: &str) -> Result<()> {
+    if std::env::var_os(CORE_SCHEDULING).is_some_and(|v| !v.is_empty()) {
+        keep_cores_apart()?;
+    }
     write(&bundle.join("address"), address)?;
     let mut command = Command::new("/proc/self/exe");
     command

@@ -2,9 +2,9 @@
 //!
 //! Each call is one short-lived process. It is spawned by `std` (vfork-like, so
 //! the cost does not grow with us), awaited by pidfd, and killed at its
-//! deadline or when its caller gives it up. Its environment is PATH alone, and every descriptor of ours is
-//! close-on-exec, so nothing but the three standard streams reaches it or the
-//! container (CVE-2024-21626).
+//! deadline or when its caller gives it up. Of our environment it gets what says where
+//! things are, and every descriptor of ours is close-on-exec, so nothing but the three
+//! standard streams reaches it or the container (CVE-2024-21626).
 
 use crate::children::descendants;
 use crate::{Checkpoint, Child, Children, Launch, Restore, Runtime, State, Stdio, message};
@@ -41,6 +41,10 @@ pub struct Config {
     /// for slow disks; the others get at most [`SHORT`].
     pub deadline: Duration,
 }
+
+/// What a runtime gets of our environment: where programs, its user's configuration and
+/// the user's systemd are (without root, runc and crun reach it by the latter two).
+const INHERITED: [&str; 5] = ["PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"];
 
 /// The longest that a call may take that waits for no disk.
 pub const SHORT: Duration = Duration::from_secs(20);
@@ -129,8 +133,8 @@ impl Command {
         let log = self.config.scratch.join(format!("oci-{verb}-{serial}.log"));
         let mut command = std::process::Command::new(&self.config.binary);
         command.env_clear();
-        if let Some(path) = std::env::var_os("PATH") {
-            command.env("PATH", path);
+        for (name, value) in INHERITED.iter().filter_map(|n| Some((n, std::env::var_os(n)?))) {
+            command.env(name, value);
         }
         if let Some(root) = &self.config.root {
             command.arg("--root").arg(root);

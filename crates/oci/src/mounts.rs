@@ -2,7 +2,7 @@
 //! create and taken off again after its delete.
 
 use crate::idmap::{self, Lowers};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive};
 use rustix::mount::{mount_change, mount_remount, unmount};
@@ -17,6 +17,9 @@ pub struct Mount {
     pub kind: String,
     /// The source; "overlay" for an overlay.
     pub source: String,
+    /// A directory of the root file system, where it isn't the root itself; as it is
+    /// seen from inside.
+    pub target: String,
     /// Options, as in fstab.
     pub options: Vec<String>,
 }
@@ -31,10 +34,12 @@ struct Plan {
     bind: Option<bool>,
     propagation: Option<MountPropagationFlags>,
     data: Vec<String>,
+    /// The source is a file, to be reached through a loop device.
+    looped: bool,
 }
 
 fn plan(options: &[String]) -> Plan {
-    let mut p = Plan { flags: MountFlags::empty(), bind: None, propagation: None, data: Vec::new() };
+    let mut p = Plan { flags: MountFlags::empty(), bind: None, propagation: None, data: Vec::new(), looped: false };
     for o in options {
         let (flag, on) = match o.as_str() {
             "defaults" | "loud" => continue,
@@ -89,7 +94,10 @@ fn plan(options: &[String]) -> Plan {
                 p.propagation = Some(MountPropagationFlags::SHARED | MountPropagationFlags::REC);
                 continue;
             }
-            // Wants its own work in user space, which nobody has asked of us yet.
+            "loop" => {
+                p.looped = true;
+                continue;
+            }
             _ => {
                 p.data.push(o.clone());
                 continue;
@@ -113,15 +121,38 @@ pub fn mount_rootfs(root: &Path, mounts: &[Mount]) -> Result<()> {
     for (done, m) in mounts.iter().enumerate() {
         if let Err(e) = mount_one(root, m) {
             let mut errors = vec![e];
-            errors.extend(unmount_rootfs(root, done).err());
+            errors.extend(unmount_rootfs(root, stacked(&mounts[..done])).err());
             return Error::join("mount the root file system", errors);
         }
     }
     Ok(())
 }
 
-fn mount_one(root: &Path, m: &Mount) -> Result<()> {
-    let what = || format!("mount {} {} on {}", m.kind, m.source, root.display());
+/// How many of these are stacked on the root itself; the others lie on those and go
+/// with them.
+pub fn stacked(mounts: &[Mount]) -> usize {
+    mounts.iter().filter(|m| m.target.trim_matches('/').is_empty()).count()
+}
+
+/// Where a mount goes: the root, or a directory inside, which no symlink of the image
+/// can lead out of. The descriptor keeps the path good.
+fn place(root: &Path, target: &str) -> Result<(PathBuf, Option<OwnedFd>)> {
+    use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
+    if target.trim_matches('/').is_empty() {
+        return Ok((root.to_path_buf(), None));
+    }
+    let what = || format!("find {target} in {}", root.display());
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let top = open(root, flags, Mode::empty()).context(what)?;
+    let found = openat2(&top, target, flags, Mode::empty(), ResolveFlags::IN_ROOT).context(what)?;
+    Ok((PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd())), Some(found)))
+}
+
+fn mount_one(rootfs: &Path, m: &Mount) -> Result<()> {
+    let (root, _held) = place(rootfs, &m.target)?;
+    let root = root.as_path();
+    let what =
+        || format!("mount {} {} on {}", m.kind, m.source, rootfs.join(m.target.trim_start_matches('/')).display());
     let mut options = m.options.clone();
     let namespace = match idmap::take(&mut options).map_err(|e| e.within(what()))? {
         Some(mapping) => Some(mapping.namespace().map_err(|e| e.within(what()))?),
@@ -130,12 +161,12 @@ fn mount_one(root: &Path, m: &Mount) -> Result<()> {
     // Held until the overlay holds them itself.
     let _lowers = match &namespace {
         Some(namespace) if m.kind == "overlay" => {
-            Some(map_lowers(root, &mut options, namespace).map_err(|e| e.within(what()))?)
+            Some(map_lowers(rootfs, &mut options, namespace).map_err(|e| e.within(what()))?)
         }
         _ => None,
     };
     let p = plan(&options);
-    if p.data.iter().any(|o| o == "loop" || o.starts_with("X-") || o.starts_with("x-")) {
+    if p.data.iter().any(|o| o.starts_with("X-") || o.starts_with("x-")) {
         return Err(Error::unimplemented(format!("{}: option {:?} is not served", what(), p.data)));
     }
     if p.bind.is_some() || m.kind == "bind" {
@@ -145,12 +176,20 @@ fn mount_one(root: &Path, m: &Mount) -> Result<()> {
             None => mount_bind(&m.source, root).context(what)?,
         }
         if !p.flags.is_empty() {
-            mount_remount(root, p.flags | MountFlags::BIND, c"").context(what)?;
+            // The descriptor is below the mount: found anew, it is the mount itself.
+            let (mounted, _held) = place(rootfs, &m.target)?;
+            mount_remount(&mounted, p.flags | MountFlags::BIND, c"").context(what)?;
         }
     } else {
+        // The mount holds the device, which frees itself with its last user.
+        let device = match p.looped {
+            true => Some(sys::loopdev::attach(Path::new(&m.source), p.flags.contains(MountFlags::RDONLY))?),
+            false => None,
+        };
+        let source = device.as_ref().map_or_else(|| m.source.clone(), |d| d.path().display().to_string());
         let (dir, data) = shorten(&m.kind, &p.data);
         let data = CString::new(data).context(|| format!("{}: its options have a zero byte", what()))?;
-        let (source, kind, flags, target) = (m.source.clone(), m.kind.clone(), p.flags, root.to_path_buf());
+        let (kind, flags, target) = (m.kind.clone(), p.flags, root.to_path_buf());
         let make = move || mount(source.as_str(), &target, kind.as_str(), flags, data.as_c_str());
         match dir {
             None => make().context(what)?,
@@ -166,7 +205,8 @@ fn mount_one(root: &Path, m: &Mount) -> Result<()> {
         }
     }
     if let Some(propagation) = p.propagation {
-        mount_change(root, propagation).context(what)?;
+        let (mounted, _held) = place(rootfs, &m.target)?;
+        mount_change(&mounted, propagation).context(what)?;
     }
     Ok(())
 }
@@ -233,6 +273,70 @@ mod tests {
         o.iter().map(ToString::to_string).collect()
     }
 
+    fn bind_mount(source: &str, target: &str) -> Mount {
+        let options = options(&["rbind", "ro"]);
+        Mount { kind: "bind".into(), source: source.into(), target: target.into(), options }
+    }
+
+    #[test]
+    fn a_target_inside_is_found_and_never_outside() {
+        let (base, more, outside) =
+            (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::create_dir_all(base.path().join("srv/data")).unwrap();
+        std::fs::create_dir_all(base.path().join(outside.path().strip_prefix("/").unwrap())).unwrap();
+        std::os::unix::fs::symlink(outside.path(), base.path().join("link")).unwrap();
+        std::fs::write(more.path().join("more"), "").unwrap();
+        let root = outside.path().join("rootfs");
+        let (base_path, more_path) = (base.path().to_str().unwrap(), more.path().to_str().unwrap());
+        let all = [bind_mount(base_path, ""), bind_mount(more_path, "/srv/data"), bind_mount(more_path, "link")];
+        assert_eq!(stacked(&all), 1);
+        mount_rootfs(&root, &all).unwrap();
+        assert!(root.join("srv/data/more").exists());
+        assert!(!outside.path().join("more").exists(), "the link is followed inside");
+        assert!(root.join(outside.path().strip_prefix("/").unwrap()).join("more").exists());
+        unmount_rootfs(&root, stacked(&all)).unwrap();
+        assert_eq!(std::fs::read_dir(&root).unwrap().count(), 0);
+        let e = mount_rootfs(&root, &[bind_mount(base_path, ""), bind_mount(more_path, "/none")]).unwrap_err();
+        assert!(e.to_string().contains("/none"), "{e}");
+        assert_eq!(unmount(&root, UnmountFlags::DETACH), Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn a_file_is_mounted_through_a_loop_device_that_frees_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        std::fs::File::create(&image).unwrap().set_len(4 << 20).unwrap();
+        let made = std::process::Command::new("mkfs.ext4").arg("-q").arg(&image).status();
+        if !made.is_ok_and(|s| s.success()) || !Path::new("/dev/loop-control").exists() {
+            eprintln!("skipped: no mkfs.ext4, or no loop devices");
+            return;
+        }
+        let root = dir.path().join("rootfs");
+        let m = Mount {
+            kind: "ext4".into(),
+            source: image.display().to_string(),
+            target: String::new(),
+            options: options(&["loop", "ro"]),
+        };
+        mount_rootfs(&root, std::slice::from_ref(&m)).unwrap();
+        assert!(root.join("lost+found").is_dir());
+        let backed = || {
+            std::fs::read_dir("/sys/block").unwrap().flatten().any(|d| {
+                let file = std::fs::read_to_string(d.path().join("loop/backing_file")).unwrap_or_default();
+                file.trim() == image.to_str().unwrap()
+            })
+        };
+        assert!(backed());
+        unmount_rootfs(&root, 1).unwrap();
+        for _ in 0..500 {
+            if !backed() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("the loop device is left");
+    }
+
     #[test]
     fn flags_and_data_are_told_apart() {
         let p = plan(&options(&["ro", "rbind", "nosuid", "rprivate", "size=1m"]));
@@ -268,6 +372,7 @@ mod tests {
         let m = Mount {
             kind: "overlay".into(),
             source: "overlay".into(),
+            target: String::new(),
             options: vec![format!("lowerdir={}", layers.join(":"))],
         };
         mount_rootfs(&root, &[m]).unwrap();
@@ -279,8 +384,7 @@ mod tests {
     #[test]
     fn a_failed_mount_leaves_none() {
         let dir = tempfile::tempdir().unwrap();
-        let bind =
-            |source: &str| Mount { kind: "bind".into(), source: source.into(), options: options(&["rbind", "ro"]) };
+        let bind = |source: &str| bind_mount(source, "");
         let source = tempfile::tempdir().unwrap();
         let root = dir.path().join("rootfs");
         let e = mount_rootfs(&root, &[bind(source.path().to_str().unwrap()), bind("/nonexistent")]).unwrap_err();

@@ -32,7 +32,7 @@ pub async fn delete(id: &str, bundle: &Path) -> Result<Vec<u8>> {
     });
     Error::join(&format!("clean up container {id}"), errors)?;
     let response = DeleteResponse {
-        pid: 0,
+        pid: persist::read_pid(bundle).map_or(0, wire::pid),
         exit_status: wire::exit_status(exit.status),
         exited_at: Some(wire::timestamp(exit.exited_at)),
     };

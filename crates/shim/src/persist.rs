@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <bundle>/exit.json           init's death certificate, written before it is published
+//! <bundle>/init.pid            init's pid, as containerd's shim writes it
 //! <bundle>/longshore-task.json which runtime and root, for `delete` after a crash
 //! ```
 
@@ -13,6 +14,8 @@ use types::{Certificate, Result, ResultExt};
 
 const EXIT: &str = "exit.json";
 const TASK: &str = "longshore-task.json";
+/// Also where the OCI runtime writes it.
+pub const PID: &str = "init.pid";
 
 /// How to reach the container when the shim is gone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +51,20 @@ fn read<T: for<'de> Deserialize<'de>>(bundle: &Path, name: &str) -> Result<T> {
     let path = bundle.join(name);
     let bytes = std::fs::read(&path).context(|| format!("read {}", path.display()))?;
     serde_json::from_slice(&bytes).context(|| format!("{} is damaged", path.display()))
+}
+
+/// Writes init's pid, for `delete` and for people's scripts.
+///
+/// # Errors
+/// Those of the file system.
+pub fn write_pid(bundle: &Path, pid: i32) -> Result<()> {
+    let path = bundle.join(PID);
+    std::fs::write(&path, pid.to_string()).context(|| format!("write {}", path.display()))
+}
+
+/// Reads init's pid; `None` where there never was one.
+pub fn read_pid(bundle: &Path) -> Option<i32> {
+    std::fs::read_to_string(bundle.join(PID)).ok()?.trim().parse().ok()
 }
 
 /// Writes init's death certificate, atomically.

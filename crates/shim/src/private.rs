@@ -1,7 +1,7 @@
 //! What only our own shim can: `longshore.shim.v1`.
 
 use crate::container::Msg;
-use crate::shared::{Shared, ask};
+use crate::shared::Shared;
 use crate::wire;
 use async_trait::async_trait;
 use proto::longshore_shim::{
@@ -51,16 +51,6 @@ impl Longshore for Private {
     }
 
     async fn waiting(&self, _: &TtrpcContext, _: WaitingRequest) -> ttrpc::Result<WaitingResponse> {
-        let mut waits = Vec::new();
-        for handle in self.shared.handles() {
-            if let Ok(more) = ask(&handle, "", Msg::Waits).await {
-                waits.extend(more);
-            }
-        }
-        let held = self.shared.children.held_back();
-        if held > 0 {
-            waits.push(format!("{held} unknown zombies wait for runtime calls that may name them"));
-        }
-        Ok(WaitingResponse { waits })
+        Ok(WaitingResponse { waits: self.shared.waits().await })
     }
 }

@@ -4,8 +4,8 @@
 
 use crate::checkpoint::criu;
 use crate::container::{Msg, Owner, Process, Reply};
-use crate::log;
 use crate::streams::{Io, Prepared};
+use crate::{log, persist};
 use oci::cgroup::Cgroup;
 use oci::{Child, Launch, Restore, Runtime};
 use proto::containerd::runc::v1::Options;
@@ -52,7 +52,7 @@ impl Owner {
                 let launch = Launch {
                     stdio: std::mem::take(&mut prepared.stdio),
                     console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
-                    pid_file: bundle.join("init.pid"),
+                    pid_file: bundle.join(persist::PID),
                 };
                 let _turn = shared.turn().await?;
                 let child = runtime.restore(&id, &bundle, &from, launch).await?;
@@ -75,6 +75,9 @@ impl Owner {
     pub(crate) fn restored(&mut self, result: Result<(Child, Io)>, reply: Reply<i32>) {
         let started = result.map(|(child, io)| {
             self.machine.set_pid(child.pid());
+            if let Err(e) = persist::write_pid(&self.bundle, child.pid()) {
+                log::warn(format_args!("container {}: {e}", self.id));
+            }
             self.cgroup = Cgroup::of(child.pid()).unwrap_or_else(|e| {
                 log::warn(format_args!("container {}: its cgroup is unknown: {e}", self.id));
                 Cgroup::default()

@@ -12,6 +12,7 @@ use proto::longshore_shim::{LongshoreClient, register_longshore};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use types::{Result, ResultExt};
 
 /// Serves both task services, the sandbox service and our own on `listener` until Shutdown.
@@ -41,21 +42,59 @@ pub async fn serve(listener: UnixListener, settings: Settings) -> Result<()> {
     server = server.register_service(register_longshore(private, LongshoreClient::SERVICE));
     server.start().await.context(|| "serve".into())?;
 
-    // Nobody but a caller's Shutdown ends a shim: it outlives its daemon.
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
-        .context(|| "ignore SIGTERM".into())?;
-    let mut interrupt =
-        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt()).context(|| "ignore SIGINT".into())?;
-    loop {
-        tokio::select! {
-            () = shared.stop.notified() => break,
-            _ = terminate.recv() => log::warn("SIGTERM is ignored; ask for Shutdown"),
-            _ = interrupt.recv() => log::warn("SIGINT is ignored; ask for Shutdown"),
-        }
-    }
+    until_shutdown(&shared).await?;
     shared.events.flush(Duration::from_secs(3)).await;
     // A connection's writer ends only once it has written what handlers have
     // answered, Shutdown's own answer too; this waits for it.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())
+}
+
+/// Waits for the end. Nobody but a caller's Shutdown ends a shim, since it outlives its
+/// daemon; except the node's own shutdown, which would wait for us.
+async fn until_shutdown(shared: &Arc<Shared>) -> Result<()> {
+    let mut terminate = catch(SignalKind::terminate())?;
+    let mut interrupt = catch(SignalKind::interrupt())?;
+    // Caught, so that they do not end us: people send the first to containerd's shims to
+    // see where they hang.
+    let (mut ask, mut other) = (catch(SignalKind::user_defined1())?, catch(SignalKind::user_defined2())?);
+    loop {
+        let end = tokio::select! {
+            () = shared.stop.notified() => return Ok(()),
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = ask.recv() => {
+                let waits = shared.waits().await;
+                log::warn(format_args!("SIGUSR1: {} containers; waiting for: [{}]", shared.handles().len(), waits.join("; ")));
+                continue;
+            }
+            _ = other.recv() => continue,
+        };
+        if is_shutdown(&std::fs::read_to_string("/proc/1/comm").unwrap_or_default()) {
+            log::warn(format_args!("{end} while the node shuts down"));
+            return Ok(());
+        }
+        log::warn(format_args!("{end} is ignored; ask for Shutdown"));
+    }
+}
+
+fn catch(kind: SignalKind) -> Result<Signal> {
+    signal(kind).context(|| format!("catch signal {}", kind.as_raw_value()))
+}
+
+/// Does the node shut down, by the name of its first process? In systemd's last phase,
+/// when every process that is left gets SIGTERM and is waited for, it is another program.
+fn is_shutdown(init: &str) -> bool {
+    init.trim().starts_with("systemd-shutdow")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_node_s_shutdown_is_seen_by_its_first_process() {
+        assert!(is_shutdown("systemd-shutdow\n"));
+        assert!(!is_shutdown("systemd\n") && !is_shutdown("init") && !is_shutdown(""));
+    }
 }

@@ -97,7 +97,8 @@ impl Task for Tasks {
             View::Stopped(exit) => (Status::Stopped, Some(exit)),
         };
         Ok(task::StateResponse {
-            id: req.id,
+            // The process's own: containerd's shim has an exec's id here.
+            id: if req.exec_id.is_empty() { req.id } else { req.exec_id.clone() },
             bundle: seen.bundle.display().to_string(),
             pid: wire::pid(seen.pid),
             status: status.into(),

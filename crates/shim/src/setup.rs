@@ -112,17 +112,18 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     let o = options::read(req.options.as_ref())?;
     let peek = ConfigPeek::read(&bundle)?;
     let config = runtime_config(shared, &o, &bundle)?;
+    let rootfs_mounts: Vec<mounts::Mount> = req.rootfs.iter().map(rootfs_mount).collect();
     let record = TaskRecord {
         binary: config.binary.clone(),
         root: config.root.clone().unwrap_or_default(),
         systemd_cgroup: config.systemd_cgroup,
-        rootfs_mounts: req.rootfs.len(),
+        rootfs_mounts: mounts::stacked(&rootfs_mounts),
     };
     persist::forget_exit(&bundle);
     persist::write_task(&bundle, &record)?;
     let runtime = Arc::new(Command::new(config, shared.children.clone()));
     let rootfs = bundle.join("rootfs");
-    mount(&rootfs, &req.rootfs).await?;
+    mount(&rootfs, rootfs_mounts).await?;
     let wanted = Wanted {
         stdin: req.stdin.clone(),
         stdout: req.stdout.clone(),
@@ -132,7 +133,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     let habits = Habits { labelled: peek.process.labelled(), owner: (o.io_uid, o.io_gid) };
     let restore = match restore::wanted(&req, &o, &bundle) {
         Ok(restore) => restore,
-        Err(e) => return Err(unmounted(&rootfs, req.rootfs.len(), e)),
+        Err(e) => return Err(unmounted(&rootfs, record.rootfs_mounts, e)),
     };
     let made = match restore {
         None => launch(shared, &runtime, &req.id, &bundle, &wanted, habits, abort).await.map(Made::Created),
@@ -144,7 +145,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     let (process, restoring) = match made {
         Ok(Made::Created((child, io))) => (Process::launched(wanted, io, child), None),
         Ok(Made::ToRestore(restoring)) => (Process::planned(wanted), Some(*restoring)),
-        Err(e) => return Err(unmounted(&rootfs, req.rootfs.len(), e)),
+        Err(e) => return Err(unmounted(&rootfs, record.rootfs_mounts, e)),
     };
     let pid = process.child.as_ref().map_or(0, |c| c.pid());
     let cgroup = if pid == 0 { Ok(Cgroup::default()) } else { Cgroup::of(pid) };
@@ -152,6 +153,11 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
         log::warn(format_args!("container {}: its cgroup is unknown: {e}", req.id));
         Cgroup::default()
     });
+    if pid != 0
+        && let Err(e) = persist::write_pid(&bundle, pid)
+    {
+        log::warn(format_args!("container {}: {e}", req.id));
+    }
     shared.events.publish(&Event::Create(TaskCreate {
         container_id: req.id.clone(),
         bundle: req.bundle.clone(),
@@ -179,11 +185,17 @@ fn unmounted(rootfs: &Path, stacked: usize, e: Error) -> Error {
     }
 }
 
+fn rootfs_mount(m: &Mount) -> mounts::Mount {
+    mounts::Mount {
+        kind: m.r#type.clone(),
+        source: m.source.clone(),
+        target: m.target.clone(),
+        options: m.options.clone(),
+    }
+}
+
 /// Mounts the root file system, on another thread where that takes a process.
-async fn mount(rootfs: &Path, mounts: &[Mount]) -> Result<()> {
-    let one =
-        |m: &Mount| mounts::Mount { kind: m.r#type.clone(), source: m.source.clone(), options: m.options.clone() };
-    let mounts: Vec<mounts::Mount> = mounts.iter().map(one).collect();
+async fn mount(rootfs: &Path, mounts: Vec<mounts::Mount>) -> Result<()> {
     if !mounts::are_mapped(&mounts) {
         return mounts::mount_rootfs(rootfs, &mounts);
     }
@@ -222,7 +234,7 @@ async fn launch(
     let launch = Launch {
         stdio: std::mem::take(&mut prepared.stdio),
         console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
-        pid_file: bundle.join("init.pid"),
+        pid_file: bundle.join(persist::PID),
     };
     let up = async {
         let child = calls.create(id, bundle, launch).await?;

@@ -198,6 +198,21 @@ impl Shared {
         !self.containers().by_id.contains_key(id)
     }
 
+    /// What the shim waits for now, in sentences.
+    pub async fn waits(&self) -> Vec<String> {
+        let mut waits = Vec::new();
+        for handle in self.handles() {
+            if let Ok(more) = ask(&handle, "", Msg::Waits).await {
+                waits.extend(more);
+            }
+        }
+        let held = self.children.held_back();
+        if held > 0 {
+            waits.push(format!("{held} unknown zombies wait for runtime calls that may name them"));
+        }
+        waits
+    }
+
     /// Sends a request to a container's owner and awaits its answer. The caller
     /// may be dropped meanwhile; the owner goes on.
     pub async fn ask<T>(&self, id: &str, request: impl FnOnce(oneshot::Sender<Result<T>>) -> Msg) -> Result<T> {

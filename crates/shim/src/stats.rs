@@ -3,6 +3,7 @@
 use oci::cgroup::{Cgroup, field, number};
 use prost_types::Any;
 use proto::cgroups::{v1, v2};
+use std::collections::HashMap;
 use std::path::Path;
 
 /// The figures now, packed; version 2 where the node has it alone.
@@ -21,8 +22,9 @@ fn get(text: &str, key: &str) -> u64 {
     field(text, key).unwrap_or(0)
 }
 
-/// A limit; none is 0 on the wire of pids, the greatest number elsewhere.
-fn pids_limit(path: &Path) -> u64 {
+/// The limit of pids in version 1, where none is 0 on the wire; elsewhere it is the
+/// greatest number.
+fn pids_limit_v1(path: &Path) -> u64 {
     number(path).filter(|n| *n != u64::MAX).unwrap_or(0)
 }
 
@@ -48,7 +50,7 @@ fn metrics_v2(dir: &Path) -> v2::Metrics {
     let events = read(dir, "memory.events");
     let file = |name: &str| number(&dir.join(name)).unwrap_or(0);
     v2::Metrics {
-        pids: Some(v2::PidsStat { current: file("pids.current"), limit: pids_limit(&dir.join("pids.max")) }),
+        pids: Some(v2::PidsStat { current: file("pids.current"), limit: file("pids.max") }),
         cpu: Some(v2::CpuStat {
             usage_usec: get(&cpu, "usage_usec"),
             user_usec: get(&cpu, "user_usec"),
@@ -70,8 +72,55 @@ fn metrics_v2(dir: &Path) -> v2::Metrics {
             oom_group_kill: get(&events, "oom_group_kill"),
         }),
         io: Some(v2::IoStat { usage: io_v2(&read(dir, "io.stat")), psi: pressure(dir, "io.pressure") }),
-        ..Default::default()
+        rdma: Some(v2::RdmaStat {
+            current: rdma(&read(dir, "rdma.current"), |device, hca_handles, hca_objects| v2::RdmaEntry {
+                device,
+                hca_handles,
+                hca_objects,
+            }),
+            limit: rdma(&read(dir, "rdma.max"), |device, hca_handles, hca_objects| v2::RdmaEntry {
+                device,
+                hca_handles,
+                hca_objects,
+            }),
+        }),
+        hugetlb: page_sizes(dir, ".current").map(|pagesize| hugetlb_v2(dir, pagesize)).collect(),
+        network: Vec::new(),
     }
+}
+
+fn hugetlb_v2(dir: &Path, pagesize: String) -> v2::HugeTlbStat {
+    let file = |name: &str| number(&dir.join(format!("hugetlb.{pagesize}.{name}"))).unwrap_or(0);
+    let failcnt = get(&read(dir, &format!("hugetlb.{pagesize}.events")), "max");
+    v2::HugeTlbStat { current: file("current"), max: file("max"), failcnt, pagesize }
+}
+
+/// The sizes of huge pages ("2MB") that a cgroup has files for, by the end of one's name.
+fn page_sizes(dir: &Path, end: &str) -> impl Iterator<Item = String> {
+    let all = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut sizes: Vec<String> = all
+        .filter_map(|e| {
+            let name = e.file_name().into_string().ok()?;
+            let size = name.strip_prefix("hugetlb.")?.strip_suffix(end)?;
+            // hugetlb.2MB.rsvd.current is another figure.
+            (!size.contains('.')).then(|| size.to_string())
+        })
+        .collect();
+    sizes.sort_unstable();
+    sizes.into_iter()
+}
+
+/// Lines like `mlx4_0 hca_handle=2 hca_object=max`; no limit is the greatest number.
+fn rdma<T>(text: &str, make: impl Fn(String, u32, u32) -> T) -> Vec<T> {
+    let one = |line: &str| {
+        let (device, rest) = line.split_once(' ')?;
+        let value = |key: &str| {
+            let v = rest.split_whitespace().find_map(|f| f.strip_prefix(key)?.strip_prefix('='))?;
+            if v == "max" { Some(u32::MAX) } else { v.parse().ok() }
+        };
+        Some(make(device.to_string(), value("hca_handle")?, value("hca_object")?))
+    };
+    text.lines().filter_map(one).collect()
 }
 
 fn memory_v2(dir: &Path, m: &str) -> v2::MemoryStat {
@@ -144,19 +193,23 @@ fn metrics_v1(c: &Cgroup) -> v1::Metrics {
     v1::Metrics {
         pids: c.v1("pids").map(|d| v1::PidsStat {
             current: number(&d.join("pids.current")).unwrap_or(0),
-            limit: pids_limit(&d.join("pids.max")),
+            limit: pids_limit_v1(&d.join("pids.max")),
         }),
         cpu: c.v1("cpuacct").map(|acct| cpu_v1(acct, c.v1("cpu"))),
         memory: c.v1("memory").map(memory_v1),
-        blkio: c.v1("blkio").map(|d| v1::BlkIoStat {
-            io_service_bytes_recursive: blkio(d, "io_service_bytes_recursive"),
-            io_serviced_recursive: blkio(d, "io_serviced_recursive"),
-            io_queued_recursive: blkio(d, "io_queued_recursive"),
-            io_service_time_recursive: blkio(d, "io_service_time_recursive"),
-            io_wait_time_recursive: blkio(d, "io_wait_time_recursive"),
-            io_merged_recursive: blkio(d, "io_merged_recursive"),
-            io_time_recursive: blkio(d, "time_recursive"),
-            sectors_recursive: blkio(d, "sectors_recursive"),
+        blkio: c.v1("blkio").map(|d| blkio_v1(d, &devices(&read(Path::new("/proc"), "partitions")))),
+        hugetlb: c.v1("hugetlb").into_iter().flat_map(hugetlb_v1).collect(),
+        rdma: c.v1("rdma").map(|d| v1::RdmaStat {
+            current: rdma(&read(d, "rdma.current"), |device, hca_handles, hca_objects| v1::RdmaEntry {
+                device,
+                hca_handles,
+                hca_objects,
+            }),
+            limit: rdma(&read(d, "rdma.max"), |device, hca_handles, hca_objects| v1::RdmaEntry {
+                device,
+                hca_handles,
+                hca_objects,
+            }),
         }),
         memory_oom_control: c.v1("memory").map(|d| {
             let text = read(d, "memory.oom_control");
@@ -168,6 +221,48 @@ fn metrics_v1(c: &Cgroup) -> v1::Metrics {
         }),
         ..Default::default()
     }
+}
+
+fn hugetlb_v1(dir: &Path) -> Vec<v1::HugetlbStat> {
+    let one = |pagesize: String| {
+        let file = |name: &str| number(&dir.join(format!("hugetlb.{pagesize}.{name}"))).unwrap_or(0);
+        let (usage, max, failcnt) = (file("usage_in_bytes"), file("max_usage_in_bytes"), file("failcnt"));
+        v1::HugetlbStat { usage, max, failcnt, pagesize }
+    };
+    page_sizes(dir, ".usage_in_bytes").map(one).collect()
+}
+
+fn blkio_v1(d: &Path, devices: &Devices) -> v1::BlkIoStat {
+    let file = |name: &str| blkio(&read(d, &format!("blkio.{name}")), devices);
+    let mut stat = v1::BlkIoStat {
+        io_service_bytes_recursive: file("io_service_bytes_recursive"),
+        io_serviced_recursive: file("io_serviced_recursive"),
+        io_queued_recursive: file("io_queued_recursive"),
+        io_service_time_recursive: file("io_service_time_recursive"),
+        io_wait_time_recursive: file("io_wait_time_recursive"),
+        io_merged_recursive: file("io_merged_recursive"),
+        io_time_recursive: file("time_recursive"),
+        sectors_recursive: file("sectors_recursive"),
+    };
+    // Those are CFQ's, which is gone since Linux 5.0; these every kernel counts.
+    if stat.io_service_bytes_recursive.is_empty() && stat.io_serviced_recursive.is_empty() {
+        stat.io_service_bytes_recursive = file("throttle.io_service_bytes");
+        stat.io_serviced_recursive = file("throttle.io_serviced");
+    }
+    stat
+}
+
+/// The nodes of block devices by major and minor number.
+type Devices = HashMap<(u64, u64), String>;
+
+/// Reads /proc/partitions.
+fn devices(text: &str) -> Devices {
+    let one = |line: &str| {
+        let mut fields = line.split_whitespace();
+        let (major, minor) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+        Some(((major, minor), format!("/dev/{}", fields.nth(1)?)))
+    };
+    text.lines().filter_map(one).collect()
 }
 
 fn cpu_v1(acct: &Path, cpu: Option<&Path>) -> v1::CpuStat {
@@ -244,21 +339,22 @@ fn memory_v1(d: &Path) -> v1::MemoryStat {
     }
 }
 
-fn blkio(d: &Path, file: &str) -> Vec<v1::BlkIoEntry> {
-    let mut entries = Vec::new();
-    for line in read(d, &format!("blkio.{file}")).lines() {
+/// Lines like `8:0 Read 4096`, or `8:0 7` where there is but one figure; the line
+/// `Total 4096` is of no device.
+fn blkio(text: &str, devices: &Devices) -> Vec<v1::BlkIoEntry> {
+    let one = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let [device, op, value] = fields[..] else { continue };
-        let Some((major, minor)) = device.split_once(':') else { continue };
-        entries.push(v1::BlkIoEntry {
-            op: op.into(),
-            device: String::new(),
-            major: major.parse().unwrap_or(0),
-            minor: minor.parse().unwrap_or(0),
-            value: value.parse().unwrap_or(0),
-        });
-    }
-    entries
+        let (device, op, value) = match fields[..] {
+            [device, op, value] => (device, op, value),
+            [device, value] => (device, "", value),
+            _ => return None,
+        };
+        let (major, minor) = device.split_once(':')?;
+        let (major, minor) = (major.parse().ok()?, minor.parse().ok()?);
+        let device = devices.get(&(major, minor)).cloned().unwrap_or_default();
+        Some(v1::BlkIoEntry { op: op.into(), device, major, minor, value: value.parse().ok()? })
+    };
+    text.lines().filter_map(one).collect()
 }
 
 #[cfg(test)]
@@ -270,5 +366,59 @@ mod tests {
         let e = io_v2("8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6\nbad\n");
         assert_eq!(e.len(), 1);
         assert_eq!((e[0].major, e[0].rbytes, e[0].wios), (8, 1, 4));
+    }
+
+    /// A directory with these files.
+    fn files(all: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in all {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn block_io_is_the_throttle_s_where_there_is_no_other() {
+        let partitions = "major minor  #blocks  name\n\n   8        0     100 sda\n 254        0  100 vda\n";
+        let devices = devices(partitions);
+        let throttle = [
+            ("blkio.throttle.io_service_bytes", "254:0 Read 4096\n254:0 Write 512\nTotal 4608\n"),
+            ("blkio.throttle.io_serviced", "254:0 Read 1\n"),
+        ];
+        let stat = blkio_v1(files(&throttle).path(), &devices);
+        let bytes = &stat.io_service_bytes_recursive;
+        assert_eq!(bytes.len(), 2, "{bytes:?}");
+        assert_eq!((bytes[0].op.as_str(), bytes[0].device.as_str(), bytes[0].value), ("Read", "/dev/vda", 4096));
+        assert_eq!(stat.io_serviced_recursive[0].value, 1);
+        let cfq =
+            [("blkio.io_serviced_recursive", "8:0 Read 7\n"), ("blkio.sectors_recursive", "8:0 9\n"), throttle[0]];
+        let stat = blkio_v1(files(&cfq).path(), &devices);
+        assert_eq!((stat.io_serviced_recursive[0].value, stat.sectors_recursive[0].value), (7, 9));
+        assert!(stat.io_service_bytes_recursive.is_empty());
+    }
+
+    #[test]
+    fn huge_pages_and_rdma_are_read() {
+        let v1 = [
+            ("hugetlb.2MB.usage_in_bytes", "1\n"),
+            ("hugetlb.2MB.max_usage_in_bytes", "2\n"),
+            ("hugetlb.2MB.failcnt", "3\n"),
+            ("hugetlb.2MB.rsvd.usage_in_bytes", "9\n"),
+        ];
+        let all = hugetlb_v1(files(&v1).path());
+        assert_eq!(all.len(), 1);
+        assert_eq!((all[0].usage, all[0].max, all[0].failcnt, all[0].pagesize.as_str()), (1, 2, 3, "2MB"));
+        let v2 = [
+            ("hugetlb.1GB.current", "4\n"),
+            ("hugetlb.1GB.max", "max\n"),
+            ("hugetlb.1GB.events", "max 5\n"),
+            ("pids.max", "max\n"),
+            ("rdma.max", "mlx4_0 hca_handle=2 hca_object=max\n"),
+        ];
+        let m = metrics_v2(files(&v2).path());
+        assert_eq!((m.hugetlb[0].current, m.hugetlb[0].max, m.hugetlb[0].failcnt), (4, u64::MAX, 5));
+        assert_eq!(m.pids.unwrap().limit, u64::MAX);
+        let limit = &m.rdma.unwrap().limit[0];
+        assert_eq!((limit.hca_handles, limit.hca_objects), (2, u32::MAX));
     }
 }

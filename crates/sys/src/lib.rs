@@ -9,6 +9,7 @@ pub mod signals;
 pub mod spawn;
 
 pub mod link;
+pub mod loopdev;
 pub mod mount;
 pub mod namespace;
 pub mod netlink;

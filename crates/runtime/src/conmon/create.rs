@@ -114,6 +114,7 @@ impl Inner {
         let one = |m: &crate::RootfsMount| oci::mounts::Mount {
             kind: m.kind.clone(),
             source: m.source.clone(),
+            target: String::new(),
             options: m.options.clone(),
         };
         let mounts: Vec<oci::mounts::Mount> = task.rootfs.iter().map(one).collect();
