@@ -174,6 +174,12 @@ impl Cgroup {
         Error::join("remove the cgroup", all.filter_map(|dir| remove(dir, 0).err()).collect())
     }
 
+    /// Whether it is still there: systemd removes that of a scope as soon as nobody is
+    /// in it. False also where there never was one of the container's own.
+    pub fn exists(&self) -> bool {
+        self.members().is_some_and(Path::exists)
+    }
+
     /// How often the OOM killer has struck in it.
     pub fn oom_kills(&self) -> u64 {
         let from = |dir: Option<&Path>, file: &str| {

@@ -177,6 +177,15 @@ fn watch(pidfd: PidFd) -> std::io::Result<AsyncFd<PidFd>> {
     AsyncFd::with_interest(pidfd, Interest::READABLE)
 }
 
+/// Waits until each of these processes has ended, whosever child it is. Those that are
+/// gone already have.
+pub async fn ended(pids: Vec<i32>) {
+    let watched: Vec<AsyncFd<PidFd>> = pids.into_iter().filter_map(|p| watch(PidFd::open(p).ok()?).ok()).collect();
+    for process in watched {
+        let _ = process.readable().await;
+    }
+}
+
 /// All children of this process, whichever thread bore or inherited them.
 fn list_children() -> Result<Vec<i32>> {
     children_of("self").context(|| "list the threads of this process".into())

@@ -20,7 +20,7 @@ mod message;
 pub mod mounts;
 pub mod oom;
 
-pub use children::{Call, Child, Children, Claim, Status};
+pub use children::{Call, Child, Children, Claim, Status, ended};
 pub use command::{Command, Config, kill_call, unfinished_calls};
 pub use detect::{Found, detect, find_binary};
 pub use message::{kind as kind_of, last_error};

@@ -76,6 +76,11 @@ impl Kills {
         more
     }
 
+    /// The highest count that was seen.
+    pub fn seen(&self) -> u64 {
+        self.seen
+    }
+
     /// Whether the cgroup has been removed.
     pub fn gone(&self) -> bool {
         self.cgroup.v2().or_else(|| self.cgroup.v1("memory")).is_none_or(|dir| !dir.exists())

@@ -27,6 +27,11 @@ use types::{Certificate, Error, Result, Signal};
 
 /// How long init's exit waits for what remains of its container.
 const BOUND: Duration = Duration::from_secs(10);
+/// After what time the processes that are left are killed once more.
+const KILL_AGAIN: Duration = Duration::from_millis(100);
+/// How long the watch on the OOM killer is asked for an init that was killed and whose
+/// cgroup is gone; its last look is at most 118 ms after the killer's first word.
+const OOM_BOUND: Duration = Duration::from_millis(250);
 /// How long a log may take to be complete before the exit is told all the same.
 const LOG_BOUND: Duration = Duration::from_millis(250);
 /// How long Delete waits for the last bytes of a process that has ended.
@@ -76,12 +81,32 @@ pub(crate) enum Msg {
     InitStarted(Result<()>, Reply<i32>),
     Restored(Result<(Child, Io)>, Reply<i32>),
     ExecStarted(String, Result<(Child, Io)>, Reply<i32>),
-    Reaped(Option<String>, Status),
+    Reaped(Status, Last),
+    ExecReaped(String, Status),
     Bound,
     KillAgain,
     PauseDone(bool, Result<()>, Option<Reply<()>>),
     Deleted(Result<()>),
-    OomKill,
+    OomKill(u64),
+}
+
+/// What init's cgroup said when init had just ended.
+pub(crate) struct Last {
+    oom_kills: u64,
+    peak_memory: Option<u64>,
+}
+
+/// Looks at once: systemd removes the cgroup of a scope as soon as nobody is in it.
+/// Where that has happened already, the watch on the OOM killer may know more.
+async fn last_words(cgroup: &Cgroup, mut oom: watch::Receiver<oom::Seen>, status: Status) -> Last {
+    let mut last = Last { oom_kills: cgroup.oom_kills(), peak_memory: cgroup.peak_memory() };
+    if last.oom_kills == 0 && status.status == types::ExitStatus::Signal(9) && !cgroup.exists() {
+        let told = oom.wait_for(|seen| seen.kills > 0 || seen.gone);
+        if let Ok(Ok(seen)) = tokio::time::timeout(OOM_BOUND, told).await {
+            last.oom_kills = seen.kills;
+        }
+    }
+    last
 }
 
 /// A process of the container.
@@ -133,6 +158,8 @@ pub(crate) struct Owner {
     pub(crate) dying_since: Option<Instant>,
     /// How many strikes of the OOM killer have been published.
     pub(crate) oom_told: u64,
+    /// What the watch on the OOM killer has seen.
+    pub(crate) oom_seen: watch::Sender<oom::Seen>,
     /// What Start needs of a container that comes from a checkpoint.
     pub(crate) restoring: Option<Restoring>,
     /// Who waits for the container to be deleted: whoever asks while it is joins in, for
@@ -172,6 +199,7 @@ impl Owner {
             tx: tx.clone(),
             dying_since: None,
             oom_told: 0,
+            oom_seen: watch::channel(oom::Seen::default()).0,
             restoring,
             deleting: Vec::new(),
         };
@@ -184,11 +212,13 @@ impl Owner {
     pub(crate) fn watch_init(&self) {
         let (Some(child), Some(io)) = (self.init.child.clone(), self.init.io.as_ref()) else { return };
         let (tx, logged) = (self.tx.clone(), io.logged());
+        let (cgroup, oom) = (self.cgroup.clone(), self.oom_seen.subscribe());
         tokio::spawn(async move {
             let status = child.wait().await;
+            let last = last_words(&cgroup, oom, status).await;
             // Whoever reads the log after the exit shall find all of it.
             let _ = tokio::time::timeout(LOG_BOUND, logged).await;
-            let _ = tx.send(Msg::Reaped(None, status));
+            let _ = tx.send(Msg::Reaped(status, last));
         });
     }
 
@@ -198,18 +228,21 @@ impl Owner {
         }
         match oom::Watch::new(&self.cgroup) {
             Ok(mut watch) => {
-                let tx = self.tx.clone();
+                let (tx, told) = (self.tx.clone(), self.oom_seen.clone());
                 tokio::spawn(async move {
                     loop {
                         tokio::select! {
                             struck = watch.next() => {
-                                if struck.is_none() || tx.send(Msg::OomKill).is_err() {
+                                let Some(kills) = struck else { break };
+                                told.send_modify(|seen| seen.kills = kills);
+                                if tx.send(Msg::OomKill(kills)).is_err() {
                                     return;
                                 }
                             }
                             () = tx.closed() => return,
                         }
                     }
+                    told.send_modify(|seen| seen.gone = true);
                 });
             }
             Err(e) => log::warn(format_args!("container {}: no word of the OOM killer: {e}", self.id)),
@@ -275,15 +308,15 @@ impl Owner {
             Msg::InitStarted(result, reply) => self.init_started(result, reply),
             Msg::Restored(result, reply) => self.restored(result, reply),
             Msg::ExecStarted(exec, result, reply) => self.exec_started(&exec, result, reply),
-            Msg::Reaped(None, status) => self.init_reaped(status),
-            Msg::Reaped(Some(exec), status) => self.exec_reaped(&exec, status),
+            Msg::Reaped(status, last) => self.init_reaped(status, &last),
+            Msg::ExecReaped(exec, status) => self.exec_reaped(&exec, status),
             Msg::Bound => {
                 let actions = self.machine.bound_passed(SystemTime::now());
                 self.apply(actions);
             }
             Msg::KillAgain => self.kill_remaining(),
             Msg::PauseDone(on, result, reply) => self.pause_done(on, result, reply),
-            Msg::OomKill => self.tell_oom(),
+            Msg::OomKill(kills) => self.tell_oom(kills),
             // Handled by `run`, which it ends.
             Msg::Deleted(_) => {}
         }
@@ -363,6 +396,8 @@ impl Owner {
                     }
                 }
                 Action::KillRemaining => self.kill_remaining(),
+                // What remained may have been nothing.
+                Action::ArmBound if !self.machine.is_dying() => {}
                 Action::ArmBound => {
                     self.dying_since = Some(Instant::now());
                     self.later(BOUND, Msg::Bound);
@@ -395,10 +430,17 @@ impl Owner {
     }
 
     /// Kills what is left of a container whose init has gone; again and again
-    /// while anything is, for a process may be forking at this moment.
+    /// while anything is, for a process may be forking at this moment. Init's exit is
+    /// told once they have ended: killed is not yet gone, and whoever hears of the exit
+    /// takes the container for empty.
     fn kill_remaining(&mut self) {
         let left = self.cgroup.kill_once();
-        if left == 0 || !self.machine.is_dying() {
+        if !self.machine.is_dying() {
+            return;
+        }
+        if left == 0 {
+            let actions = self.machine.remaining_gone();
+            self.apply(actions);
             return;
         }
         if let Some(since) = self.dying_since
@@ -406,26 +448,29 @@ impl Owner {
         {
             log::warn(format_args!("container {}: {left} processes are left after SIGKILL", self.id));
         }
-        self.later(Duration::from_millis(100), Msg::KillAgain);
+        let (tx, left) = (self.tx.clone(), self.cgroup.processes());
+        tokio::spawn(async move {
+            let _ = tokio::time::timeout(KILL_AGAIN, oci::ended(left)).await;
+            let _ = tx.send(Msg::KillAgain);
+        });
     }
 
     /// Publishes TaskOOM once per strike, whoever has noticed it first.
-    fn tell_oom(&mut self) {
-        let kills = self.cgroup.oom_kills();
+    fn tell_oom(&mut self, kills: u64) {
         if kills > self.oom_told {
             self.oom_told = kills;
             self.shared.events.publish(&Event::Oom(ev::TaskOom { container_id: self.id.clone() }));
         }
     }
 
-    fn init_reaped(&mut self, status: Status) {
-        let oom = self.cgroup.oom_kills() > 0;
-        self.tell_oom();
+    fn init_reaped(&mut self, status: Status, last: &Last) {
+        self.tell_oom(last.oom_kills);
+        let oom = self.oom_told > 0;
         let exit = Certificate {
             oom_killed: oom,
             oom_cgroup: oom.then(|| self.cgroup.name()).flatten(),
             killed_by: killed_by(self.init.killed_by, status),
-            peak_memory: self.cgroup.peak_memory(),
+            peak_memory: last.peak_memory,
             ..crate::state::plain(status.status, status.at)
         };
         // On disk before anybody hears of it.

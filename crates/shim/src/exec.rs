@@ -74,7 +74,7 @@ impl Owner {
                 let (tx, exec) = (self.tx.clone(), exec.to_string());
                 tokio::spawn(async move {
                     let status = child.wait().await;
-                    let _ = tx.send(Msg::Reaped(Some(exec), status));
+                    let _ = tx.send(Msg::ExecReaped(exec, status));
                 });
                 Ok(pid)
             }
@@ -130,7 +130,7 @@ impl Owner {
         let exec_of = |pid: i32| {
             self.execs
                 .iter()
-                .find(|(id, _)| matches!(self.machine.exec_view(id), Ok((View::Running, p)) if p == pid))
+                .find(|(id, _)| matches!(self.machine.exec_view(id), Ok((View::Running | View::Paused, p)) if p == pid))
                 .map(|(id, _)| id.clone())
         };
         self.cgroup.processes().into_iter().map(|pid| (pid, exec_of(pid))).collect()

@@ -9,7 +9,7 @@
 //!
 //! `Dying` is init's exit, reaped and held back (behaviours.md section 5): for
 //! everybody but Start of an exec init still runs. It ends when no exec is
-//! starting or running, or when the bound has passed.
+//! starting or running and no process is left, or when the bound has passed.
 
 use std::collections::BTreeMap;
 use types::{Certificate, Error, ExitStatus, Result};
@@ -20,10 +20,12 @@ enum Init {
     Created,
     Starting,
     Running,
-    /// Reaped; `starting` while the answer to Start is still awaited.
+    /// Reaped; `starting` while the answer to Start is still awaited, `remaining`
+    /// while processes of the container may be left.
     Dying {
         exit: Certificate,
         starting: bool,
+        remaining: bool,
     },
     Exited {
         exit: Certificate,
@@ -140,6 +142,8 @@ impl Machine {
             // One that never ran was never more than created, as containerd's shim
             // has it; only those who wait hear of a status.
             Exec::Added | Exec::Starting | Exec::Failed { .. } => (View::Created, 0),
+            // Frozen with its container.
+            Exec::Running { pid } if self.paused => (View::Paused, *pid),
             Exec::Running { pid } => (View::Running, *pid),
             Exec::Exited { pid, exit } => (View::Stopped(exit.clone()), *pid),
         })
@@ -217,7 +221,7 @@ impl Machine {
             // Recorded once, however often it is reported.
             Init::Dying { .. } | Init::Exited { .. } => return actions,
         };
-        self.init = Init::Dying { exit, starting };
+        self.init = Init::Dying { exit, starting, remaining: !self.private_pids };
         if !self.private_pids {
             actions.push(Action::KillRemaining);
         }
@@ -230,7 +234,7 @@ impl Machine {
 
     /// Publishes init's exit once nothing holds it back any more.
     fn settle(&mut self, actions: &mut Vec<Action>) {
-        if let Init::Dying { exit, starting: false } = &self.init
+        if let Init::Dying { exit, starting: false, remaining: false } = &self.init
             && self.unfinished().next().is_none()
         {
             let exit = exit.clone();
@@ -239,11 +243,21 @@ impl Machine {
         }
     }
 
+    /// No process of the container is left.
+    pub fn remaining_gone(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Init::Dying { remaining, .. } = &mut self.init {
+            *remaining = false;
+            self.settle(&mut actions);
+        }
+        actions
+    }
+
     /// The bound on what init's exit waits for has passed.
     pub fn bound_passed(&mut self, now: std::time::SystemTime) -> Vec<Action> {
         let mut actions = Vec::new();
-        let Init::Dying { starting, .. } = &mut self.init else { return actions };
-        *starting = false;
+        let Init::Dying { starting, remaining, .. } = &mut self.init else { return actions };
+        (*starting, *remaining) = (false, false);
         for (id, exec) in &mut self.execs {
             match exec {
                 Exec::Running { pid } => {
@@ -443,7 +457,10 @@ mod tests {
         assert_eq!(m.exec_view("b").unwrap(), (View::Created, 0));
         assert_eq!(m.exec_done("b", None, now).len(), 1, "a failed start counts as gone, but a still runs");
         assert_eq!(m.exec_view("b").unwrap(), (View::Created, 0), "it never ran");
-        assert_eq!(m.exec_reaped("a", died(137)), [Action::ExecExit("a".into(), 11, died(137)), Action::Exit(died(0))]);
+        assert_eq!(m.exec_reaped("a", died(137)), [Action::ExecExit("a".into(), 11, died(137))]);
+        assert_eq!(m.view(), View::Running, "something is left");
+        assert_eq!(m.remaining_gone(), [Action::Exit(died(0))]);
+        assert!(m.remaining_gone().is_empty());
     }
 
     #[test]
@@ -475,6 +492,7 @@ mod tests {
         ReapExec(u8, u8),
         DeleteExec(u8),
         Bound,
+        Gone,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -490,6 +508,7 @@ mod tests {
                 3 => (exec.clone(), any::<u8>()).prop_map(|(e, c)| Step::ReapExec(e, c)),
                 2 => exec.prop_map(Step::DeleteExec),
                 1 => Just(Step::Bound),
+                2 => Just(Step::Gone),
             ],
             0..80,
         )
@@ -525,6 +544,7 @@ mod tests {
                         vec![]
                     }
                     Step::Bound => m.bound_passed(now),
+                    Step::Gone => m.remaining_gone(),
                 };
                 for a in actions {
                     if !matches!(a, Action::KillLate(_)) {
