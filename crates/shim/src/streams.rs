@@ -16,6 +16,7 @@ use crate::log;
 use oci::{Children, Stdio};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use stdio::logger::{Binary, Bounds, Host, Logger};
@@ -109,24 +110,38 @@ pub struct Io {
     stdin: Option<OwnedFd>,
     holds: Vec<OwnedFd>,
     pumps: JoinSet<u64>,
+    /// Of each that carries output, whether its reader holds it up.
+    stalled: Vec<Arc<AtomicBool>>,
     logs: Vec<OpenLog>,
     logger: Option<Logger>,
     master: Option<OwnedFd>,
 }
 
+/// How long a process's last bytes wait for a reader that does not take them.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 impl Io {
+    /// Copies a process's output from one descriptor to another until it ends.
+    fn pump_out(&mut self, from: OwnedFd, to: OwnedFd) -> Result<()> {
+        let pump = Pump::new(from, to)?;
+        self.stalled.push(pump.stalled());
+        self.pumps.spawn(pump.run());
+        Ok(())
+    }
+
     /// Closes our end of the process's input: once whoever else writes has
     /// closed it too, the process sees its end.
     pub fn close_stdin(&mut self) {
         self.stdin = None;
     }
 
-    /// Sets the terminal's size in characters.
+    /// Sets the terminal's size in characters; without a terminal it does nothing, as
+    /// with containerd's shim.
     ///
     /// # Errors
-    /// `FailedPrecondition` without a terminal.
+    /// Where the kernel refuses.
     pub fn resize(&self, width: u32, height: u32) -> Result<()> {
-        let master = self.master.as_ref().ok_or_else(|| Error::precondition("the process has no terminal"))?;
+        let Some(master) = &self.master else { return Ok(()) };
         let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         sys::pty::resize(master, clamp(width), clamp(height)).context(|| "resize the terminal".into())
     }
@@ -153,19 +168,27 @@ impl Io {
         }
     }
 
-    /// Waits at most for `bound` until every copy has ended, then closes all and
+    /// Waits at most for `bound` until every copy has ended, and at most 3 s for one
+    /// whose reader does not take what there is; then closes all and
     /// sees a logging binary off, which may take its own time (behaviours.md
     /// section 4).
     pub async fn drain(mut self, bound: Duration) {
         self.stdin = None;
         let bound = if self.logger.is_some() { bound.max(Bounds::default().end) } else { bound };
         let logged = self.logged();
-        let pumps = &mut self.pumps;
-        let all = async {
-            logged.await;
-            while pumps.join_next().await.is_some() {}
-        };
-        let _ = tokio::time::timeout(bound, all).await;
+        {
+            let pumps = &mut self.pumps;
+            let mut all = std::pin::pin!(async {
+                logged.await;
+                while pumps.join_next().await.is_some() {}
+            });
+            let began = tokio::time::Instant::now();
+            while tokio::time::timeout(bound, &mut all).await.is_err() {
+                if began.elapsed() > PATIENCE || !self.stalled.iter().any(|s| s.load(Ordering::Relaxed)) {
+                    break;
+                }
+            }
+        }
         if let Some(logger) = self.logger.take() {
             // It sees no end of its input while a pump holds the other end.
             self.pumps.shutdown().await;
@@ -323,7 +346,7 @@ async fn outputs(out: Uri, err: Uri, habits: Habits, writer: &SharedWriter, p: &
             Target::Pipe(write) if habits.labelled => {
                 let (read, ours) = fifo::pipe()?;
                 own(&ours, habits)?;
-                p.io.pumps.spawn(Pump::new(read, write)?.run());
+                p.io.pump_out(read, write)?;
                 Some(ours)
             }
             Target::Pipe(write) => Some(write),
@@ -382,7 +405,7 @@ impl Prepared {
         }
         match output {
             Target::Pipe(write) => {
-                self.io.pumps.spawn(Pump::new(share()?, write)?.run());
+                self.io.pump_out(share()?, write)?;
             }
             Target::File(path, format) => self.log_terminal(writer, path, format, share()?).await?,
             // A terminal that nobody reads would stop its process.

@@ -8,6 +8,8 @@ use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use types::{Result, ResultExt};
@@ -20,6 +22,7 @@ const BUFFER: usize = 8 << 10;
 pub struct Pump {
     from: AsyncFd<OwnedFd>,
     to: AsyncFd<OwnedFd>,
+    stalled: Arc<AtomicBool>,
 }
 
 impl Pump {
@@ -31,7 +34,17 @@ impl Pump {
         Ok(Self {
             from: watch(from, Interest::READABLE).context(|| "watch the source of a stream".into())?,
             to: watch(to, Interest::WRITABLE).context(|| "watch the target of a stream".into())?,
+            stalled: Arc::default(),
         })
+    }
+
+    /// True while there are bytes that the target does not take.
+    pub fn stalled(&self) -> Arc<AtomicBool> {
+        self.stalled.clone()
+    }
+
+    fn note(&self, stalled: bool) {
+        self.stalled.store(stalled, Ordering::Relaxed);
     }
 
     /// Copies until the source ends or the target is gone; returns how many
@@ -70,10 +83,12 @@ impl Pump {
     async fn wait_for_either(&self) -> Result<(), Errno> {
         let (source, target) = (self.from.get_ref(), self.to.get_ref());
         let waited = if poll(source, PollFlags::IN) {
+            self.note(!poll(target, PollFlags::OUT));
             self.to.async_io(Interest::WRITABLE, |_| ready(target, PollFlags::OUT)).await
         } else {
             self.from.async_io(Interest::READABLE, |_| ready(source, PollFlags::IN)).await
         };
+        self.note(false);
         waited.map_err(|_| Errno::IO)
     }
 
@@ -90,6 +105,7 @@ impl Pump {
                 return Ok(());
             }
             let mut rest = &buffer[..n];
+            self.note(true);
             while !rest.is_empty() {
                 let w = self
                     .to
@@ -98,6 +114,7 @@ impl Pump {
                 rest = &rest[w..];
                 *total += w as u64;
             }
+            self.note(false);
         }
     }
 }
