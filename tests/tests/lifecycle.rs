@@ -489,12 +489,22 @@ async fn limits_change_in_the_cgroup_and_in_the_status() {
     c.linux.as_mut().unwrap().resources =
         Some(LinuxContainerResources { cpu_shares: 512, memory_limit_in_bytes: 64 << 20, ..Default::default() });
     let id = cri.run(&pod, &c, &config).await.unwrap();
-    let file = |controller: &str, name: &str| {
-        let path = format!("/sys/fs/cgroup/{controller}/{}/limits/{id}/{name}", daemon.cgroup());
-        std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}")).trim().to_string()
+    // The memory's limit, the CPU's quota, its weight. Version 2 has files of other names in
+    // one hierarchy, and a runtime's own conversion of shares to weights.
+    let v2 = std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    let limits = || {
+        let file = |controller: &str, v1: &str, name: &str| {
+            let dir = if v2 { "/sys/fs/cgroup".into() } else { format!("/sys/fs/cgroup/{controller}") };
+            let path = format!("{dir}/{}/limits/{id}/{}", daemon.cgroup(), if v2 { name } else { v1 });
+            let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+            text.split_whitespace().next().unwrap_or_default().to_string()
+        };
+        let memory = file("memory", "memory.limit_in_bytes", "memory.max");
+        (memory, file("cpu", "cpu.cfs_quota_us", "cpu.max"), file("cpu", "cpu.shares", "cpu.weight"))
     };
-    assert_eq!(file("cpu", "cpu.shares"), "512");
-    assert_eq!(file("memory", "memory.limit_in_bytes"), (64 << 20).to_string());
+    let (memory, quota, first_weight) = limits();
+    assert_eq!((memory, quota.as_str()), ((64 << 20).to_string(), if v2 { "max" } else { "-1" }));
+    assert!(v2 || first_weight == "512");
     let linux = LinuxContainerResources {
         cpu_shares: 256,
         cpu_quota: 50_000,
@@ -504,8 +514,10 @@ async fn limits_change_in_the_cgroup_and_in_the_status() {
     };
     let update = UpdateContainerResourcesRequest { container_id: id.clone(), linux: Some(linux), ..Default::default() };
     cri.runtime.clone().update_container_resources(update).await.unwrap();
-    assert_eq!((file("cpu", "cpu.shares"), file("cpu", "cpu.cfs_quota_us")), ("256".into(), "50000".into()));
-    assert_eq!(file("memory", "memory.limit_in_bytes"), (96 << 20).to_string());
+    let (memory, quota, weight) = limits();
+    assert_eq!((memory, quota), ((96 << 20).to_string(), "50000".into()));
+    let number = |w: &str| w.parse::<u64>().unwrap();
+    assert!(if v2 { number(&weight) < number(&first_weight) } else { weight == "256" }, "{first_weight} {weight}");
     let told = cri.status(&id).await.unwrap().resources.unwrap().linux.unwrap();
     assert_eq!((told.cpu_shares, told.cpu_quota, told.memory_limit_in_bytes), (256, 50_000, 96 << 20));
 }

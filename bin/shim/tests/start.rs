@@ -228,3 +228,42 @@ async fn the_shim_goes_before_its_caller_where_memory_runs_out() {
     };
     assert_eq!(score(&all.pid("one").to_string()), (score("self") + 1).min(1000));
 }
+
+#[tokio::test]
+async fn with_core_scheduling_each_shim_has_a_cookie_of_its_own() {
+    use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
+    let cookie =
+        |pid: i32| core_scheduling_cookie(rustix::process::Pid::from_raw(pid).unwrap(), CoreSchedulingScope::Thread);
+    let b = Bundles::new();
+    for name in ["a", "b", "plain"] {
+        b.bundle(name, &serde_json::json!({}));
+    }
+    b.start("plain", &[], &[]);
+    match cookie(b.pid("plain")) {
+        Ok(cookie) => assert_eq!(cookie, 0),
+        // No SMT: there is nothing to keep apart, and it is no failure.
+        Err(rustix::io::Errno::NODEV) => {
+            b.start("a", &[], &[("SCHED_CORE", "1")]);
+            assert!(Path::new(&format!("/proc/{}", b.pid("a"))).exists());
+            return;
+        }
+        Err(e) => {
+            eprintln!("skipped: the kernel has no core scheduling ({e})");
+            return;
+        }
+    }
+    b.start("a", &[], &[("SCHED_CORE", "1")]);
+    b.start("b", &[], &[("SCHED_CORE", "1")]);
+    let (a, b) = (cookie(b.pid("a")).unwrap(), cookie(b.pid("b")).unwrap());
+    assert!(a != 0 && b != 0 && a != b);
+}
+
+#[test]
+fn a_command_without_a_namespace_is_refused() {
+    let b = Bundles::new();
+    let dir = b.bundle("x", &serde_json::json!({}));
+    for command in ["start", "delete"] {
+        let out = call(&dir, &["-id", "x", command], &[], &[]);
+        assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("namespace"), "{out:?}");
+    }
+}

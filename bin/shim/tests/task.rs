@@ -188,6 +188,40 @@ async fn without_a_pid_namespace_what_remains_is_killed_and_init_s_exit_is_last(
     assert_eq!(exits[2], ("", 4), "{exits:?}");
 }
 
+/// Whether `pid` is alive; a zombie is not.
+fn lives(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ") && !stat.contains(") X ")
+}
+
+#[tokio::test]
+async fn when_init_s_exit_is_told_nothing_of_its_container_is_alive() {
+    let shim = Shim::start().await;
+    // Memory makes a process slow to die.
+    let script = "trap 'exit 4' TERM; n=0
+        while [ $n -lt 10 ]; do (head -c 5000000 /dev/zero | tail -c 5000000 | sleep 1000) & n=$((n+1)); done
+        while :; do sleep 0.05; done";
+    for _ in 0..5 {
+        let b = Bundle::new(&Shape { private_pids: false, args: sh(script), ..Shape::default() });
+        shim.create(&b, Io::default()).await.unwrap();
+        shim.start_task(&b).await.unwrap();
+        let mut pids = Vec::new();
+        for _ in 0..1000 {
+            pids = shim.task.pids(CALL, task::PidsRequest { id: b.id.clone() }).await.unwrap().processes;
+            if pids.len() > 20 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(pids.len() > 20, "{pids:?}");
+        shim.kill(&b, "", 15).await.unwrap();
+        assert_eq!(shim.wait(&b, "").await.unwrap(), 4);
+        let left: Vec<String> = pids.iter().map(|p| p.pid.to_string()).filter(|p| lives(p)).collect();
+        assert!(left.is_empty(), "{left:?}");
+        shim.delete(&b, "").await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_terminal_carries_both_ways_and_is_resized() {
     let shim = Shim::start().await;
@@ -559,7 +593,10 @@ async fn after_kill_9_delete_tells_the_exit_that_was_written_and_leaves_no_mount
                 .output()
                 .unwrap();
             assert!(out.status.success(), "{out:?}");
-            assert_eq!(shim::decode_delete(&out.stdout).unwrap().exit_status, code);
+            let told = shim::decode_delete(&out.stdout).unwrap();
+            assert_eq!(told.exit_status, code);
+            let pid = std::fs::read_to_string(b.path().join("init.pid")).unwrap();
+            assert_eq!(told.pid.to_string(), pid, "whose exit it is");
         }
         assert!(!mounted(), "no mount is left");
     }
@@ -573,4 +610,90 @@ async fn after_kill_9_delete_tells_the_exit_that_was_written_and_leaves_no_mount
         }
         assert!(stat().is_empty() || stat().contains(") Z "), "{} lives on", p.pid);
     }
+}
+
+#[tokio::test]
+async fn what_people_do_to_containerd_s_shim_harms_neither() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    let init = shim.create(&b, Io::default()).await.unwrap();
+    assert_eq!(std::fs::read_to_string(b.path().join("init.pid")).unwrap(), init.to_string());
+    shim.start_task(&b).await.unwrap();
+    let exec = shim.exec(&b, "e", &sh("sleep 1000"), Io::default()).await.unwrap();
+    // A size for a process without a terminal says nothing, and does nothing.
+    for exec_id in ["", "e"] {
+        let resize = task::ResizePtyRequest { id: b.id.clone(), exec_id: exec_id.into(), width: 80, height: 25 };
+        shim.task.resize_pty(CALL, resize).await.unwrap();
+    }
+    let state = || task::StateRequest { id: b.id.clone(), exec_id: "e".into() };
+    let seen = shim.task.state(CALL, state()).await.unwrap();
+    assert_eq!((seen.id.as_str(), seen.status), ("e", 2));
+    shim.task.pause(CALL, task::PauseRequest { id: b.id.clone() }).await.unwrap();
+    assert_eq!(shim.task.state(CALL, state()).await.unwrap().status, 4, "an exec is frozen with its container");
+    let pids = shim.task.pids(CALL, task::PidsRequest { id: b.id.clone() }).await.unwrap().processes;
+    assert!(pids.iter().any(|p| p.pid == exec && p.info.is_some()), "{pids:?}");
+    shim.task.resume(CALL, task::ResumeRequest { id: b.id.clone() }).await.unwrap();
+    // Go's shims print their stacks at SIGUSR1, and don't care for SIGUSR2.
+    for signal in ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"] {
+        sys::pidfd::PidFd::open(shim.pid).unwrap().signal(signal.parse().unwrap()).unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(shim.alive());
+    assert_eq!(shim.state(&b).await.unwrap().status, 2);
+    shim.kill(&b, "", 9).await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 137);
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn the_metrics_have_every_controller_of_the_container() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape { args: sh("sync; sleep 1000"), ..Shape::default() });
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let stats = shim.task.stats(CALL, task::StatsRequest { id: b.id.clone() }).await.unwrap().stats.unwrap();
+    let pid = shim.state(&b).await.unwrap().pid;
+    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let has = |controller: &str| cgroup.lines().any(|l| l.split(':').nth(1).is_some_and(|c| c == controller));
+    if stats.type_url == "io.containerd.cgroups.v1.Metrics" {
+        let m = <proto::cgroups::v1::Metrics as prost::Message>::decode(stats.value.as_slice()).unwrap();
+        assert_eq!(m.blkio.is_some(), has("blkio"));
+        let sizes = std::fs::read_dir("/sys/kernel/mm/hugepages").map_or(0, Iterator::count);
+        if has("hugetlb") {
+            assert_eq!(m.hugetlb.len(), sizes, "{:?}", m.hugetlb);
+        }
+        assert!(m.pids.is_none_or(|p| p.current >= 1));
+    } else {
+        let m = <proto::cgroups::v2::Metrics as prost::Message>::decode(stats.value.as_slice()).unwrap();
+        assert!(m.io.is_some() && m.rdma.is_some());
+    }
+    shim.kill(&b, "", 9).await.unwrap();
+    shim.wait(&b, "").await.unwrap();
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_terminal_s_last_bytes_wait_for_a_reader_that_comes_late() {
+    const BYTES: usize = 70_000; // a FIFO takes 65536 without a reader
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    shim.create(&b, Io::default()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let path = b.path().join("o");
+    stdio::fifo::make(&path).unwrap();
+    let io = Io { stdout: path.to_str().unwrap(), terminal: true, ..Io::default() };
+    let script = format!("head -c {BYTES} /dev/zero | tr '\\0' x; exit 6");
+    shim.exec(&b, "t", &sh(&script), io).await.unwrap();
+    assert_eq!(shim.wait(&b, "t").await.unwrap(), 6);
+    let read = async {
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        let mut sink = stdio::Capped::new(1 << 20);
+        stdio::collect(stdio::fifo::open_reader(&path).unwrap(), &mut sink).await.unwrap();
+        sink.into_kept()
+    };
+    let (deleted, all) = tokio::join!(shim.delete(&b, "t"), read);
+    assert_eq!((deleted.unwrap(), all.len()), (6, BYTES));
+    shim.kill(&b, "", 9).await.unwrap();
+    shim.wait(&b, "").await.unwrap();
+    shim.delete(&b, "").await.unwrap();
 }
