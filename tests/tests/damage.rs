@@ -168,10 +168,11 @@ async fn a_directory_that_cannot_be_written_to_is_named_with_its_remedy() {
     // One that is closed while the daemon runs: calls fail and name it, nothing is half
     // made, and once it is open again all goes on.
     let before = daemon.footprint();
-    let closed = Closed::on(&daemon.state().join("bundles"));
+    let bundles = daemon.bundles();
+    let closed = Closed::on(&bundles);
     let e = cri.run_pod(&daemon.pod("more")).await.unwrap_err();
-    assert!(e.message().contains("state/bundles") && e.message().contains("Read-only file system"), "{e}");
-    assert_eq!(cri.exec(&id, &["true"], 10).await.map(|o| o.exit_code).unwrap_or(-1), -1, "its FIFOs can't be made");
+    assert!(e.message().contains(bundles.to_str().unwrap()) && e.message().contains("Read-only file system"), "{e}");
+    assert_eq!(cri.exec(&id, &["true"], 10).await.map(|o| o.exit_code).unwrap_or(-1), -1, "its streams can't be made");
     drop(closed);
     daemon.leaves_nothing_but(&before);
     assert_eq!(cri.exec(&id, &["echo", "on"], 10).await.unwrap().stdout, "on\n");

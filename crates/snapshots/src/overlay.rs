@@ -31,6 +31,8 @@ use types::{Error, ErrorKind, Result, ResultExt};
 
 /// What mount(2) takes of options: a page, less its final NUL.
 const OPTIONS_MAX: usize = 4095;
+/// The turn of who removes directories without a record; no snapshot has this key.
+const UNRECORDED: &str = "/";
 const OVERLAYFS_MAGIC: i64 = 0x794c_7630;
 
 /// The overlayfs snapshotter; clones share it.
@@ -155,6 +157,7 @@ impl Inner {
 
     /// Removes directories without a record, and gives their paths.
     async fn clear_leftovers(&self) -> Result<Vec<PathBuf>> {
+        let _turn = self.turns.lock(UNRECORDED).await;
         // Listed before the records, which are made first: what is being made has one.
         let root = self.root.clone();
         let dirs = blocking(move || numbered(&root)).await?;
@@ -173,6 +176,10 @@ impl Inner {
             let mut removed = Vec::new();
             for id in left {
                 let dir = root.join(id.to_string());
+                // A container's goes before its record does, and may have gone meanwhile.
+                if !dir.exists() {
+                    continue;
+                }
                 if used.contains(&id) {
                     tracing::warn!(dir = %dir.display(), "a snapshot without a record is in use, and stays");
                     continue;
@@ -253,6 +260,7 @@ impl Inner {
     }
 
     async fn sweep(self: &Arc<Self>) -> Result<()> {
+        let _turn = self.turns.lock(UNRECORDED).await;
         let holds = self.holds.clone();
         let free = self.store.sweep_layers(move |key| holds.is_held(key)).await?;
         if free.is_empty() {
