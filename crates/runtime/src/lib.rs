@@ -15,6 +15,7 @@ mod api;
 mod bundle;
 mod cgroup;
 pub mod conmon;
+mod detach;
 #[cfg(feature = "test-util")]
 pub mod fake;
 mod holders;

@@ -83,6 +83,18 @@ impl PidFd {
         }
     }
 
+    /// How it ended, once whoever was its parent has reaped it. `None` before that, and
+    /// on kernels before 6.15, which keep no record for those who hold a pidfd.
+    pub fn reaped_status(&self) -> Option<ExitStatus> {
+        // SAFETY: the structure is made of integers, for which all zeroes is a value.
+        let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
+        info.mask = u64::from(libc::PIDFD_INFO_EXIT);
+        // SAFETY: the descriptor is ours and open; the request's number carries the size of
+        // the structure that the kernel may write to, and it outlives the call.
+        let r = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) };
+        (r == 0 && info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0).then(|| wait_status(info.exit_code))
+    }
+
     /// Looks whether it has ended, and leaves it unreaped.
     ///
     /// # Errors
@@ -141,6 +153,14 @@ fn look(id: WaitId<'_>, options: WaitIdOptions) -> io::Result<Waited> {
     }
 }
 
+/// What a status as of `wait(2)` says.
+fn wait_status(raw: i32) -> ExitStatus {
+    match raw & 0x7f {
+        0 => ExitStatus::Code(u8::try_from((raw >> 8) & 0xff).unwrap_or(255)),
+        signal => ExitStatus::Signal(u8::try_from(signal).unwrap_or(0)),
+    }
+}
+
 fn exit_status(status: &WaitIdStatus) -> ExitStatus {
     if let Some(code) = status.exit_status() {
         // The kernel keeps the low byte only.
@@ -189,6 +209,24 @@ mod tests {
         let p = PidFd::open(pid).unwrap();
         assert_eq!(p.peek().unwrap(), Waited::Ended(ExitStatus::Code(7)));
         assert_eq!(p.try_wait().unwrap(), Waited::Ended(ExitStatus::Code(7)));
+    }
+
+    #[test]
+    fn the_kernel_remembers_how_a_reaped_process_ended() {
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let mut numbers = release.split(['.', '-']).map(|n| n.parse::<u32>().unwrap_or(0));
+        let remembers = (numbers.next(), numbers.next()) >= (Some(6), Some(15));
+        for (script, status) in [("exit 7", ExitStatus::Code(7)), ("kill -9 $$", ExitStatus::Signal(9))] {
+            let mut child = Command::new("/bin/sh").args(["-c", script]).spawn().unwrap();
+            let p = PidFd::open(child.id() as i32).unwrap();
+            while p.peek().unwrap() == Waited::Running {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            assert_eq!(p.reaped_status(), None, "not reaped yet");
+            child.wait().unwrap();
+            assert_eq!(p.reaped_status(), remembers.then_some(status), "{release}");
+        }
+        assert_eq!(wait_status(0x8b), ExitStatus::Signal(11), "with a core");
     }
 
     #[test]

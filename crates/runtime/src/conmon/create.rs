@@ -51,9 +51,9 @@ fn check_log_path(path: &Path) -> Result<()> {
 }
 
 impl Inner {
-    pub(super) async fn create_task(self: &Arc<Self>, spec: PodSpec, task: TaskSpec) -> Result<u32> {
+    pub(super) async fn create_task(self: &Arc<Self>, spec: &PodSpec, task: TaskSpec) -> Result<u32> {
         let handler = self.cfg.handler(&spec.handler)?.clone();
-        self.start_pod(spec.clone()).await?;
+        self.start_pod(spec).await?;
         let pod = self.find_or_insert(&spec.id);
         let private_pids = private_pids(&task.config_json);
         let entry = Arc::new(Task::new(&task.id, Record { handler, io: task.io.clone(), private_pids }));
@@ -64,7 +64,7 @@ impl Inner {
             }
             tasks.insert(task.id.clone(), entry.clone());
         }
-        match self.make(&pod, &spec, &task, &entry).await {
+        match self.make(&pod, spec, &task, &entry).await {
             Ok(pid) => {
                 self.watch_task(&pod, &entry);
                 Ok(pid)

@@ -70,8 +70,14 @@ impl Process {
         tokio::time::timeout(bound, self.ended()).await.is_ok()
     }
 
+    /// How it ended, where that can be known: from /proc as long as nobody has reaped it,
+    /// afterwards from newer kernels.
+    pub(crate) fn status(&self) -> Option<ExitStatus> {
+        self.status_of_zombie().or_else(|| self.fd.get_ref().reaped_status())
+    }
+
     /// How it ended, where nobody has reaped it yet.
-    pub(crate) fn status_of_zombie(&self) -> Option<ExitStatus> {
+    fn status_of_zombie(&self) -> Option<ExitStatus> {
         let before = stat(self.pid)?;
         // Held and ended: as long as it is a zombie the number is still its own.
         (self.has_ended() && before.zombie).then_some(before.status)

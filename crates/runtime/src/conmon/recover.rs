@@ -19,19 +19,31 @@ use super::process::{Process, pid_file};
 use super::task::{EXIT_BOUND, Pod, Task};
 use crate::api::{PodProcess, RecoverPod, RecoveredPod, TaskState};
 use crate::bundle::{self, blocking};
+use crate::detach::{visit_containers, visit_pods};
 use oci::Runtime as _;
-use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
-use tokio::task::JoinSet;
+use tokio::sync::watch;
 use types::{Error, Result};
+
+/// Where the containers of a pod wait until all have been looked at and are held: one
+/// that is then killed may be the init of the others, whose ends nobody else would see.
+struct Gate {
+    looking: Arc<watch::Sender<()>>,
+    looked: watch::Receiver<()>,
+}
+
+impl Gate {
+    /// Goes on when nobody looks any more; who gives up lets the others go on.
+    async fn pass(self) {
+        let Self { looking, mut looked } = self;
+        drop(looking);
+        while looked.changed().await.is_ok() {}
+    }
+}
 
 impl Inner {
     pub(super) async fn recover(self: &Arc<Self>, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
-        let asked: HashSet<String> = pods.iter().map(|p| p.spec.id.clone()).collect();
-        let layout = self.layout.clone();
-        let held = blocking(move || Ok(crate::holdings::list(&layout, Path::new("/"), &Default::default())));
-        let found = held.await.unwrap_or_default().pods;
         if let Some(parent) = self.cfg.monitor_cgroup.clone() {
             let swept = blocking(move || {
                 monitor::sweep_cgroups(&parent);
@@ -39,36 +51,17 @@ impl Inner {
             });
             tokio::spawn(swept);
         }
-        let mut strangers = JoinSet::new();
-        for id in found.into_iter().filter(|id| !asked.contains(id)) {
-            let inner = self.clone();
-            strangers.spawn(async move {
-                tracing::info!(pod = id, "cleans up a bundle of no known pod");
-                if let Err(e) = inner.stop_pod(&id).await {
-                    tracing::warn!(pod = id, error = %e, "a bundle of no known pod stays");
-                }
-            });
-        }
-        let running: Vec<_> = pods
-            .into_iter()
-            .map(|p| {
-                let (inner, id) = (self.clone(), p.spec.id.clone());
-                (id, tokio::spawn(async move { inner.recover_pod(p).await }))
-            })
-            .collect();
-        let mut results = Vec::with_capacity(running.len());
-        for (id, task) in running {
-            results.push(match task.await {
-                Ok(r) => r.map_err(|e| e.within(format!("find pod {id} again"))),
-                Err(e) => Err(Error::internal(format!("find pod {id} again")).because(e)),
-            });
-        }
-        // Their own bounds hold; but a stuck one must not hold up the start.
-        let all = async { while strangers.join_next().await.is_some() {} };
-        if tokio::time::timeout(super::Timeouts::default().cleanup, all).await.is_err() {
-            strangers.detach_all();
-        }
-        results
+        let lie = self.holdings().await.unwrap_or_default().pods;
+        let (finder, ender) = (self.clone(), self.clone());
+        let find = move |pod| {
+            let inner = finder.clone();
+            async move { inner.recover_pod(pod).await }
+        };
+        let end = move |id: String| {
+            let inner = ender.clone();
+            async move { inner.stop_pod(&id).await }
+        };
+        visit_pods(lie, pods, super::Timeouts::default().cleanup, find, end).await
     }
 
     async fn recover_pod(self: &Arc<Self>, asked: RecoverPod) -> Result<RecoveredPod> {
@@ -78,39 +71,32 @@ impl Inner {
             return Ok(RecoveredPod { id, process: None, containers });
         }
         let pod = self.find_or_insert(&id);
-        let mut known = self.known_tasks(&id);
-        known.extend(asked.containers.iter().filter(|c| !known.contains(c)).cloned().collect::<Vec<_>>());
-        let mut all = JoinSet::new();
-        for (at, container) in known.into_iter().enumerate() {
-            let wanted = asked.containers.contains(&container);
-            let (inner, pod) = (self.clone(), pod.clone());
-            all.spawn(async move {
-                let state = inner.recover_task(&pod, &container, wanted).await;
-                (at, container, wanted, state)
-            });
-        }
-        let mut found = all.join_all().await;
-        found.sort_by_key(|f| f.0);
-        let mut containers = Vec::new();
-        for (_, container, wanted, state) in found {
-            match state {
-                Ok(state) if wanted => containers.push((container, state)),
-                Ok(_) => {}
-                Err(e) if wanted => return Err(e),
-                Err(e) => tracing::warn!(pod = id, container, error = %e, "a left-over container stays"),
-            }
-        }
+        let (looking, looked) = watch::channel(());
+        let (me, looking) = (self.clone(), Arc::new(looking));
+        let visit = move |container: String, wanted| {
+            let (inner, pod) = (me.clone(), pod.clone());
+            let gate = Gate { looking: looking.clone(), looked: looked.clone() };
+            async move { inner.recover_task(&pod, &container, wanted, gate).await }
+        };
+        let containers = visit_containers(&id, self.known_tasks(&id), &asked.containers, visit).await?;
         let monitor = self.cfg.handler(&asked.spec.handler).map(|h| h.monitor.clone()).unwrap_or_default();
         Ok(RecoveredPod { id, process: Some(PodProcess::Monitors { monitor }), containers })
     }
 
     /// A container whose bundle may lie there. `None` where it was never made.
-    async fn recover_task(self: &Arc<Self>, pod: &Arc<Pod>, id: &str, wanted: bool) -> Result<Option<TaskState>> {
+    async fn recover_task(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        id: &str,
+        wanted: bool,
+        gate: Gate,
+    ) -> Result<Option<TaskState>> {
         let dir = self.bundle(&pod.id, id);
         if !dir.exists() {
             return Ok(None);
         }
         if bundle::is_condemned(&dir) {
+            gate.pass().await;
             self.remove_leftovers(&pod.id, id).await?;
             return Ok(None);
         }
@@ -120,6 +106,7 @@ impl Inner {
                 if !e.is_not_found() {
                     tracing::warn!(container = id, error = %e, "it is taken down");
                 }
+                gate.pass().await;
                 self.remove_leftovers(&pod.id, id).await?;
                 return Ok(None);
             }
@@ -135,7 +122,7 @@ impl Inner {
             }
             return Ok(Some(TaskState::Stopped(exit)));
         }
-        let state = self.adopt(pod, &dir, &task).await?;
+        let state = self.adopt(pod, &dir, &task, gate).await?;
         if !wanted {
             self.end_task(&pod.id, id, "a container of no record").await?;
             return Ok(None);
@@ -144,7 +131,13 @@ impl Inner {
     }
 
     /// Takes over a container whose end is not recorded.
-    async fn adopt(self: &Arc<Self>, pod: &Arc<Pod>, dir: &Path, task: &Arc<Task>) -> Result<Option<TaskState>> {
+    async fn adopt(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        dir: &Path,
+        task: &Arc<Task>,
+        gate: Gate,
+    ) -> Result<Option<TaskState>> {
         let runtime = self.runtime(&task.record.handler, dir);
         let monitor = monitor_of(dir)?;
         let state = runtime.state(&task.id).await;
@@ -160,6 +153,7 @@ impl Inner {
             }
             // Half made by a daemon that died in between, or deleted already.
             Err(e) if e.is_not_found() && !told => {
+                gate.pass().await;
                 self.remove_leftovers(&pod.id, &task.id).await?;
                 return Ok(None);
             }
@@ -170,6 +164,7 @@ impl Inner {
                 status = if init.is_some() { "running".into() } else { "stopped".into() };
             }
         }
+        gate.pass().await;
         if status == "creating" {
             self.remove_leftovers(&pod.id, &task.id).await?;
             return Ok(None);

@@ -148,6 +148,13 @@ impl Task {
         self.killed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What is recorded of a death that nobody has told the status of: what is known of
+    /// it, or that we have killed it.
+    pub(crate) fn of_death(&self, known: Option<ExitStatus>) -> ExitStatus {
+        let by_us = matches!(&*self.killed(), Some((Signal::KILL, _)));
+        known.unwrap_or(if by_us { ExitStatus::Signal(9) } else { ExitStatus::Unknown(255) })
+    }
+
     /// Adds who sent the deadly signal, where that was us.
     pub(crate) fn complete(&self, mut certificate: Certificate) -> Certificate {
         if let ExitStatus::Signal(n) = certificate.status
@@ -173,8 +180,8 @@ impl Inner {
         if task.exit().is_some() {
             return Ok(());
         }
-        *task.killed() = Some((signal, why.to_string()));
         let Some(live) = task.live() else {
+            *task.killed() = Some((signal, why.to_string()));
             // Still being created: what can be ended of it is the attempt.
             if signal == Signal::KILL {
                 task.cancel.notify_one();
@@ -184,6 +191,7 @@ impl Inner {
         if live.init.as_ref().is_none_or(Process::has_ended) {
             return Ok(());
         }
+        *task.killed() = Some((signal, why.to_string()));
         // A frozen process would not even die of SIGKILL.
         if task.is_frozen()
             && let Err(e) = self.runtime(&task.record.handler, &self.bundle(pod, id)).resume(id).await

@@ -3,10 +3,13 @@
 //! ```text
 //!  exit file there ───────────────────────────► its status, its ctime
 //!  init dead ─► the rest of a shared pid namespace is killed
-//!            └─ no file within 3.7 s ─────────► the zombie's own status, or 255
+//!            └─ no file within 3.7 s ─────────► the kernel's word, see below
 //!  monitor dead ─┬─ a file ───────────────────► its status
-//!                ├─ init dead ────────────────► 255: nobody can know any more
+//!                ├─ init dead ────────────────► the kernel's word
 //!                └─ init alive ─► killed ─────► 137, "the death of its monitor"
+//!
+//!  the kernel's word: a zombie's status in /proc; from 6.15 on a pidfd's record of one
+//!  that others have reaped; else 137 where we have sent SIGKILL, and 255
 //! ```
 //!
 //! Recorded once, written into the bundle before it is told. A monitor that can't
@@ -74,35 +77,38 @@ impl Inner {
 
     async fn find_out(&self, task: &Task, live: &Live) -> Found {
         let (init, monitor) = (live.init.as_ref(), live.monitor.as_deref());
-        let (mut init_dead, mut deadline, mut zombie) = (false, None, None);
+        let (mut init_dead, mut deadline, mut known) = (false, None, None);
         loop {
             tokio::select! {
                 biased;
                 exit = self.exits.wait(&task.id) => return Found::File(exit),
                 () = ended(init), if !init_dead => {
                     init_dead = true;
-                    zombie = init.and_then(Process::status_of_zombie);
+                    known = init.and_then(Process::status);
                     deadline = Some(Instant::now() + EXIT_BOUND);
                     if !task.record.private_pids {
                         end_rest(live).await;
                     }
                 }
-                () = ended(monitor) => return self.without_monitor(task, live, zombie).await,
+                () = ended(monitor) => return self.without_monitor(task, live, known).await,
                 () = at(deadline) => {
-                    let status = zombie.or_else(|| init.and_then(Process::status_of_zombie));
+                    let status = known.or_else(|| init.and_then(Process::status));
                     let reason = format!("the monitor has told no exit status {EXIT_BOUND:?} after the process's end");
-                    return Found::Nothing { status: status.unwrap_or(ExitStatus::Unknown(255)), reason };
+                    return Found::Nothing { status: task.of_death(status), reason };
                 }
             }
         }
     }
 
     /// The monitor has gone: whatever it still has told stands in the file.
-    async fn without_monitor(&self, task: &Task, live: &Live, zombie: Option<ExitStatus>) -> Found {
+    async fn without_monitor(&self, task: &Task, live: &Live, known: Option<ExitStatus>) -> Found {
         if let Some(exit) = self.exits.look(&task.id) {
             return Found::File(exit);
         }
-        if let Some(init) = live.init.as_ref().filter(|i| !i.has_ended()) {
+        // One that was found alive and without a monitor is killed for that, and may have
+        // died with another that was.
+        let found_alone = live.monitor.is_none() && known.is_none();
+        if let Some(init) = live.init.as_ref().filter(|i| found_alone || !i.has_ended()) {
             tracing::warn!(container = task.id, "its monitor has died, so it is killed");
             if let Err(e) = init.signal(Signal::KILL) {
                 tracing::error!(container = task.id, error = %e, "it outlives its monitor");
@@ -113,9 +119,9 @@ impl Inner {
             }
             return Found::Nothing { status: ExitStatus::Signal(9), reason: "the death of its monitor".into() };
         }
-        let status = zombie.unwrap_or(ExitStatus::Unknown(255));
+        let status = known.or_else(|| live.init.as_ref().and_then(Process::status));
         Found::Nothing {
-            status,
+            status: task.of_death(status),
             reason: "the monitor has ended without telling an exit status: is the disk full?".into(),
         }
     }

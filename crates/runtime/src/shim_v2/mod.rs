@@ -38,21 +38,18 @@ mod task;
 pub use config::{Handler, ShimConfig, TaskOptions, Timeouts};
 pub use events::publish;
 
-use crate::api::{
-    ExecOutput, ExecSyncSpec, Holdings, PodProcess, PodSpec, RecoverPod, RecoveredPod, Runtime, RuntimeEvent, TaskSpec,
-    TaskState,
-};
+use crate::api::{Holdings, RuntimeEvent};
 use crate::bundle::{self, Layout};
 use crate::cgroup;
+use crate::detach::{detach, runtime_by};
 use crate::ops::Ops;
-use async_trait::async_trait;
 use launch::Binary;
 use pod::Pod;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedSender;
-use types::{Error, Result, Signal};
+use types::Result;
 
 /// Where our own shim puts its sockets, whose paths must be short, and what it may
 /// have made above.
@@ -133,24 +130,10 @@ impl ShimManager {
     /// `NotFound` for an unknown pod or container; those of the shim.
     pub async fn pids(&self, pod: &str, id: &str) -> Result<Vec<u32>> {
         let (inner, pod, id) = (self.inner.clone(), pod.to_string(), id.to_string());
-        self.detached(format!("list the processes of container {id}"), async move { inner.pids(&pod, &id).await }).await
-    }
-
-    /// Runs `work` to its end, whether or not the caller stays to hear of it.
-    async fn detached<T: Send + 'static>(
-        &self,
-        what: String,
-        work: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> Result<T> {
-        let op = self.inner.ops.begin(what);
-        let work = async move {
-            let _op = op;
-            work.await
-        };
-        match tokio::spawn(work).await {
-            Ok(r) => r,
-            Err(e) => Err(Error::internal("an operation of the shim manager ended early").because(e)),
-        }
+        self.inner
+            .ops
+            .detached(format!("list the processes of container {id}"), async move { inner.pids(&pod, &id).await })
+            .await
     }
 }
 
@@ -196,123 +179,25 @@ impl Inner {
         self.cfg.handlers.iter().map(|h| h.runtime_root.join(&self.cfg.namespace)).collect()
     }
 
+    /// What lies on this node.
+    async fn holdings(self: &Arc<Self>) -> Result<Holdings> {
+        let inner = self.clone();
+        let list = move || Ok(crate::holdings::list(&inner.layout, &inner.cfg.state, &inner.runtime_roots()));
+        bundle::blocking(list).await
+    }
+
     fn tell(&self, event: RuntimeEvent) {
         // Nobody listens any more only while the daemon ends.
         let _ = self.events.send(event);
     }
 }
 
-/// Each method clones what it names and works in a task of its own.
-macro_rules! detach {
-    ($self:ident, $what:expr, $inner:ident, [$($name:ident),*], $work:expr) => {{
-        let $inner = $self.inner.clone();
-        $(let $name = $name.to_owned();)*
-        let what = $what;
-        $self.detached(what, async move { $work.await }).await
-    }};
-}
-
-#[async_trait]
-impl Runtime for ShimManager {
-    async fn start_pod(&self, pod: &PodSpec) -> Result<PodProcess> {
-        types::check_identifier("pod id", &pod.id)?;
-        detach!(self, format!("start the shim of pod {}", pod.id), inner, [pod], inner.start_pod(&pod))
-    }
-
-    async fn stop_pod(&self, pod: &str) -> Result<()> {
-        types::check_identifier("pod id", pod)?;
-        detach!(self, format!("stop the shim of pod {pod}"), inner, [pod], inner.stop_pod(&pod))
-    }
-
-    async fn create_task(&self, pod: &PodSpec, task: &TaskSpec) -> Result<u32> {
-        types::check_identifier("pod id", &pod.id)?;
-        types::check_identifier("container id", &task.id)?;
-        let what = format!("create container {} in pod {}", task.id, pod.id);
-        detach!(self, what, inner, [pod, task], inner.create_task(&pod, task))
-    }
-
-    async fn start_task(&self, pod: &str, id: &str) -> Result<()> {
-        detach!(self, format!("start container {id}"), inner, [pod, id], inner.start_task(&pod, &id))
-    }
-
-    async fn kill_task(&self, pod: &str, id: &str, signal: Signal, all: bool, why: &str) -> Result<()> {
-        let what = format!("send {signal} to container {id}");
-        detach!(self, what, inner, [pod, id, why], inner.kill_task(&pod, &id, signal, all, &why))
-    }
-
-    async fn condemn_task(&self, pod: &str, id: &str) -> Result<()> {
-        types::check_identifier("pod id", pod)?;
-        types::check_identifier("container id", id)?;
-        detach!(self, format!("condemn container {id}"), inner, [pod, id], inner.condemn_task(&pod, &id))
-    }
-
-    async fn delete_task(&self, pod: &str, id: &str) -> Result<()> {
-        types::check_identifier("pod id", pod)?;
-        types::check_identifier("container id", id)?;
-        detach!(self, format!("delete container {id}"), inner, [pod, id], inner.delete_task(&pod, &id))
-    }
-
-    async fn task_state(&self, pod: &str, id: &str) -> Result<TaskState> {
-        detach!(self, format!("ask the state of container {id}"), inner, [pod, id], inner.task_state(&pod, &id))
-    }
-
-    async fn pause_task(&self, pod: &str, id: &str) -> Result<()> {
-        detach!(self, format!("pause container {id}"), inner, [pod, id], inner.pause_task(&pod, &id))
-    }
-
-    async fn resume_task(&self, pod: &str, id: &str) -> Result<()> {
-        detach!(self, format!("resume container {id}"), inner, [pod, id], inner.resume_task(&pod, &id))
-    }
-
-    async fn update_task(&self, pod: &str, id: &str, resources_json: &str) -> Result<()> {
-        let what = format!("update container {id}");
-        detach!(self, what, inner, [pod, id, resources_json], inner.update_task(&pod, &id, resources_json))
-    }
-
-    async fn resize_task(&self, pod: &str, id: &str, width: u32, height: u32) -> Result<()> {
-        let what = format!("resize the terminal of container {id}");
-        detach!(self, what, inner, [pod, id], inner.resize_task(&pod, &id, width, height))
-    }
-
-    async fn close_stdin(&self, pod: &str, id: &str) -> Result<()> {
-        detach!(self, format!("close stdin of container {id}"), inner, [pod, id], inner.close_stdin(&pod, &id))
-    }
-
-    async fn reopen_log(&self, pod: &str, id: &str) -> Result<()> {
-        detach!(self, format!("reopen the log of container {id}"), inner, [pod, id], inner.reopen_log(&pod, &id))
-    }
-
-    async fn exec_sync(&self, pod: &str, id: &str, exec: ExecSyncSpec) -> Result<ExecOutput> {
-        // Held by this future alone: when the caller drops it, `caller` fails in
-        // the task that runs the command.
-        let (_here, caller) = tokio::sync::oneshot::channel::<()>();
-        detach!(self, format!("exec in container {id}"), inner, [pod, id], inner.exec_sync(&pod, &id, exec, caller))
-    }
-
-    fn owns(&self, pod: &str) -> bool {
-        self.inner.layout.pod(pod).exists()
-    }
-
-    fn operations(&self) -> Vec<(String, std::time::Duration)> {
-        self.inner.ops.ages()
-    }
-
-    async fn holdings(&self) -> Result<Holdings> {
-        let inner = self.inner.clone();
-        bundle::blocking(move || Ok(crate::holdings::list(&inner.layout, &inner.cfg.state, &inner.runtime_roots())))
-            .await
-    }
-
+runtime_by!(
+    ShimManager,
+    "start the shim",
+    "stop the shim",
     async fn end_orphan(&self, id: &str) -> Result<()> {
         types::check_identifier("id", id)?;
         detach!(self, format!("end {id}, whose bundle is gone"), inner, [id], inner.end_orphan(&id))
     }
-
-    async fn recover(&self, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
-        let inner = self.inner.clone();
-        match self.detached("find the pods again".into(), async move { Ok(inner.recover(pods).await) }).await {
-            Ok(found) => found,
-            Err(e) => vec![Err(e)],
-        }
-    }
-}
+);

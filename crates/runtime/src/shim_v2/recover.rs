@@ -11,51 +11,28 @@ use super::shim::Shim;
 use super::task::Task;
 use crate::api::{PodProcess, RecoverPod, RecoveredPod, TaskState};
 use crate::bundle::{self, blocking};
+use crate::detach::{visit_containers, visit_pods};
 use proto::containerd::task::v3 as wire;
-use std::collections::HashSet;
 use std::sync::Arc;
-use tokio::task::JoinSet;
-use types::{Error, ErrorKind, Result};
+use types::{ErrorKind, Result};
 
 /// After so long a Wait that was refused has been answered.
 const SETTLED: std::time::Duration = std::time::Duration::from_millis(500);
 
 impl Inner {
     pub(super) async fn recover(self: &Arc<Self>, pods: Vec<RecoverPod>) -> Vec<Result<RecoveredPod>> {
-        let asked: HashSet<String> = pods.iter().map(|p| p.spec.id.clone()).collect();
-        let inner = self.clone();
-        let held = blocking(move || Ok(crate::holdings::list(&inner.layout, &inner.cfg.state, &inner.runtime_roots())));
-        let found = held.await.unwrap_or_default().pods;
-        let mut strangers = JoinSet::new();
-        for id in found.into_iter().filter(|id| !asked.contains(id)) {
-            let inner = self.clone();
-            strangers.spawn(async move {
-                tracing::info!(pod = id, "cleans up a bundle of no known pod");
-                if let Err(e) = inner.stop_pod(&id).await {
-                    tracing::warn!(pod = id, error = %e, "a bundle of no known pod stays");
-                }
-            });
-        }
-        let running: Vec<_> = pods
-            .into_iter()
-            .map(|p| {
-                let (inner, id) = (self.clone(), p.spec.id.clone());
-                (id, tokio::spawn(async move { inner.recover_pod(p).await }))
-            })
-            .collect();
-        let mut results = Vec::with_capacity(running.len());
-        for (id, task) in running {
-            results.push(match task.await {
-                Ok(r) => r.map_err(|e| e.within(format!("find pod {id} again"))),
-                Err(e) => Err(Error::internal(format!("find pod {id} again")).because(e)),
-            });
-        }
-        // Their own bounds hold; but a stuck one must not hold up the start.
         let bound = self.cfg.handler("").map_or_else(|_| Timeouts::default().load, |h| h.timeouts.load);
-        if tokio::time::timeout(bound, async { while strangers.join_next().await.is_some() {} }).await.is_err() {
-            strangers.detach_all();
-        }
-        results
+        let lie = self.holdings().await.unwrap_or_default().pods;
+        let (finder, ender) = (self.clone(), self.clone());
+        let find = move |pod| {
+            let inner = finder.clone();
+            async move { inner.recover_pod(pod).await }
+        };
+        let end = move |id: String| {
+            let inner = ender.clone();
+            async move { inner.stop_pod(&id).await }
+        };
+        visit_pods(lie, pods, bound, find, end).await
     }
 
     async fn recover_pod(self: &Arc<Self>, asked: RecoverPod) -> Result<RecoveredPod> {
@@ -70,31 +47,16 @@ impl Inner {
             Err(e) if e.is_not_found() => None,
             Err(e) => return Err(e),
         };
-        let mut all = JoinSet::new();
-        let mut known = self.known_tasks(&pod);
-        known.extend(asked.containers.iter().filter(|c| !known.contains(c)).cloned().collect::<Vec<_>>());
-        for (at, container) in known.into_iter().enumerate() {
-            let wanted = asked.containers.contains(&container);
+        let visit = |container: String, wanted| {
             let (inner, pod, shim) = (self.clone(), pod.clone(), shim.clone());
-            all.spawn(async move {
-                let state = match shim {
+            async move {
+                match shim {
                     Some(shim) => inner.recover_task(&pod, &shim, &container, wanted).await,
                     None => Ok(inner.recover_dead(&pod, &container, wanted).await),
-                };
-                (at, container, wanted, state)
-            });
-        }
-        let mut found = all.join_all().await;
-        found.sort_by_key(|f| f.0);
-        let mut containers = Vec::new();
-        for (_, container, wanted, state) in found {
-            match state {
-                Ok(state) if wanted => containers.push((container, state)),
-                Ok(_) => {}
-                Err(e) if wanted => return Err(e),
-                Err(e) => tracing::warn!(pod = id, container, error = %e, "a left-over task stays"),
+                }
             }
-        }
+        };
+        let containers = visit_containers(&id, self.known_tasks(&pod), &asked.containers, visit).await?;
         let process = shim.map(|s| PodProcess::Shim { pid: s.pid, own: s.own() });
         Ok(RecoveredPod { id, process, containers })
     }
