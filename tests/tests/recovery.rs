@@ -196,9 +196,7 @@ async fn daemon_and_shim_die_together() {
     shims.into_iter().for_each(kill);
     daemon.begin().await;
     let cri = daemon.cri().await;
-    // Who dies with its pid namespace and without a monitor has no witness.
-    let code = cri.exited(&id, BOUND).await.exit_code;
-    assert!(code == 137 || (code == 255 && handler().monitored()), "{code}");
+    assert_eq!(cri.exited(&id, BOUND).await.exit_code, 137);
     assert_eq!(pod_state(&cri, &pod).await, PodSandboxState::SandboxNotready);
     cri.remove_pod(&pod).await.unwrap();
     daemon.leaves_nothing_but(&before);
