@@ -186,7 +186,9 @@ fn on_a_full_disk_no_container_runs_for_ever() {
     node.start();
     node.launch("p", "c", &["sh", "-c", "exit 3"]);
     let exit = node.exit_of("c");
-    assert!(matches!(exit.status, ExitStatus::Code(3) | ExitStatus::Unknown(255)), "{exit:?}");
+    // Older kernels forget how a process ended that its monitor has reaped.
+    let forgotten = !testkit::kernel_is_at_least(6, 15) && exit.status == ExitStatus::Unknown(255);
+    assert!(exit.status == ExitStatus::Code(3) || forgotten, "{exit:?}");
     assert!(exit.killed_by.unwrap().contains("full"), "the reason is told");
     assert!(matches!(node.run(node.m().task_state("p", "c")).unwrap(), TaskState::Stopped(_)));
     node.run(node.m().delete_task("p", "c")).unwrap();

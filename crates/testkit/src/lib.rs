@@ -11,3 +11,13 @@ mod root;
 pub use image::{Entry, ImageBuilder, Layer, LayerCompression, sha256};
 pub use registry::{Registry, registry, registry_tls};
 pub use root::TempRoot;
+
+/// Whether the kernel is of this release or later.
+///
+/// # Panics
+/// Where /proc is not mounted.
+pub fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|n| n.trim().parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(major), Some(minor))
+}

@@ -64,6 +64,10 @@ impl Inner {
         tokio::spawn(async move {
             let Some(live) = task.live() else { return };
             let found = inner.find_out(&task, live).await;
+            if !task.record.private_pids {
+                // The exit file may have been quicker than the news of init's death.
+                end_rest(live).await;
+            }
             inner.record(&pod, &task, live, found).await;
             if let Some(monitor) = &live.monitor {
                 // Its cgroup goes when it does; a delete may hurry it.
