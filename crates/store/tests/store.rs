@@ -1,5 +1,7 @@
 //! The database as its users see it: records, durability of the schema, a full disk.
 
+#![allow(clippy::unwrap_used, reason = "a failure has to stop the test")]
+
 use longshore_store::{
     AddressRange, AddressWish, ContainerRecord, Durability, FILE_NAME, PodRecord, PortClaim, SnapshotKind, SqlExt,
     Store,
