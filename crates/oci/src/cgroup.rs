@@ -67,6 +67,20 @@ impl Cgroup {
         Ok(Self::from_text(&theirs, &ours, &all))
     }
 
+    /// The same without those that it shares with `other`: what a call of the OCI runtime
+    /// has borne begins in the cgroup of the call, where others may be too.
+    ///
+    /// # Errors
+    /// Where /proc can't be read, for one because either has ended.
+    pub fn apart_from(other: i32, pid: i32) -> Result<Self> {
+        let read = |p: String| std::fs::read_to_string(&p).context(|| format!("read {p}"));
+        // Theirs first: one that is moved in between has no cgroup of its own then.
+        let theirs = read(format!("/proc/{pid}/cgroup"))?;
+        let shared = read(format!("/proc/{other}/cgroup"))? + &read("/proc/self/cgroup".into())?;
+        let all = hierarchies(&read("/proc/self/mountinfo".into())?);
+        Ok(Self::from_text(&theirs, &shared, &all))
+    }
+
     /// The cgroups that the path in a bundle's config.json names, as far as they are
     /// there. A runtime that is killed in `create` leaves them, also before anybody is
     /// in them. None with systemd's kind of path: a scope that is empty goes by itself.

@@ -188,6 +188,19 @@ impl Command {
         Ok(Output { status, stdout, log: text })
     }
 
+    /// A runc that protects its binary (CVE-2019-5736) by a mount in the container's
+    /// directory, and is killed before it has taken that off again, leaves it; its
+    /// delete then can't remove the directory.
+    fn unmount_own_binary(&self, id: &str) {
+        use rustix::mount::{UnmountFlags, unmount};
+        let Some(root) = &self.config.root else { return };
+        let entries = std::fs::read_dir(root.join(id)).into_iter().flatten().flatten();
+        for entry in entries.filter(|e| e.file_name().as_encoded_bytes().starts_with(b"runc.")) {
+            // Mostly it is none.
+            let _ = unmount(entry.path(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        }
+    }
+
     /// Kills a call that has not been reaped yet, with all that it has borne.
     fn kill_all(&self, call: &Child) {
         let _ = kill_call(call.pid(), |borne| {
@@ -273,7 +286,11 @@ impl Runtime for Command {
     }
 
     async fn delete(&self, id: &str, force: bool) -> Result<()> {
-        if force { self.simple("delete", &["--force", id]).await } else { self.simple("delete", &[id]).await }
+        if force {
+            self.unmount_own_binary(id);
+            return self.simple("delete", &["--force", id]).await;
+        }
+        self.simple("delete", &[id]).await
     }
 
     async fn state(&self, id: &str) -> Result<State> {

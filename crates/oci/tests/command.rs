@@ -43,6 +43,22 @@ async fn a_failure_names_runtime_and_call_and_has_its_words() {
 }
 
 #[tokio::test]
+async fn what_a_killed_runc_had_mounted_keeps_no_delete_from_its_directory() {
+    let _turn = TURN.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("root/web");
+    std::fs::create_dir_all(&own).unwrap();
+    let binary = own.join("runc.aB3xYz");
+    std::fs::write(&binary, "").unwrap();
+    rustix::mount::mount_bind("/bin/true", &binary).unwrap();
+    let script = format!("rm -r {}", own.display());
+    let mut config = runtime(dir.path(), &script).config().clone();
+    config.root = Some(dir.path().join("root"));
+    Command::new(config, Children::new()).delete("web", true).await.unwrap();
+    assert!(!own.exists());
+}
+
+#[tokio::test]
 async fn a_call_that_hangs_is_killed_at_its_deadline() {
     let _turn = TURN.lock().await;
     let dir = tempfile::tempdir().unwrap();

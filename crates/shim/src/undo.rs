@@ -49,7 +49,8 @@ pub(crate) fn end_creations(bundle: &Path) -> Vec<Cgroup> {
     let mut killed = Vec::new();
     for call in oci::unfinished_calls(bundle) {
         killed.extend(oci::kill_call(call, |borne| {
-            cgroups.extend(borne.iter().filter_map(|pid| Cgroup::of(*pid).ok()));
+            // The call's own is that of all shims.
+            cgroups.extend(borne.iter().filter_map(|pid| Cgroup::apart_from(call, *pid).ok()));
         }));
     }
     for process in killed {
