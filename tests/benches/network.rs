@@ -3,7 +3,7 @@
 //! once with each. All of it in a network namespace of its own, with IPv4 alone: plugins
 //! wait a second or two for duplicates of IPv6 addresses.
 //!
-//! `LONGSHORE_BENCH_N` sets the number of rounds (default 300, here a third of it), and
+//! `LONGSHORE_BENCH_N` sets the number of rounds (default 300), and
 //! `LONGSHORE_BENCH_ASSERT=0` only prints. The limit is ours alone: the built-in network's
 //! median is below 5 ms.
 #![allow(clippy::unwrap_used, reason = "a bench that lacks its fixtures has to stop")]
@@ -150,7 +150,6 @@ fn main() -> ExitCode {
 
 async fn run() -> ExitCode {
     let rounds: usize = std::env::var("LONGSHORE_BENCH_N").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
-    let rounds = (rounds / 3).max(5);
     let rig = Rig::start().await;
     let mut times = [[const { Vec::new() }; 3], [const { Vec::new() }; 3]];
     for n in 0..rounds + 3 {
