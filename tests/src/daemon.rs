@@ -101,7 +101,7 @@ impl Daemon {
     /// Starts the daemon again, after [`Daemon::kill`] or [`Daemon::terminate`].
     pub async fn begin(&mut self) {
         self.spawn(None);
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
         loop {
             if let Ok(cri) = Cri::connect(&self.socket()).await
                 && cri.pods().await.is_ok()

@@ -146,6 +146,50 @@ async fn a_killed_daemon_finds_all_again() {
     drop(cri);
 }
 
+/// The record of an end comes before the task that knows of it goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recovery_that_dies_loses_no_end_that_it_found() {
+    let (mut daemon, cri) = start().await;
+    let before = daemon.footprint();
+    let config = daemon.pod("found");
+    let pod = cri.run_pod(&config).await.unwrap();
+    let go = daemon.dir().join("go");
+    std::fs::create_dir(&go).unwrap();
+    let host_path = go.to_string_lossy().into_owned();
+    let mut ended = Vec::new();
+    // A monitor has no task that outlives its container.
+    let all = ["recover.record", "record.container-state", "task.delete", "task.unbundle"];
+    for step in &all[..if handler().monitored() { 2 } else { 4 }] {
+        for moment in ["before", "after"] {
+            let point = format!("{step}.{moment}");
+            let script = format!("while [ ! -e /go/{point} ]; do sleep 0.05; done; exit 9");
+            let mut c = container(&point, IMAGE, &["sh", "-c", &script]);
+            c.mounts = vec![Mount { container_path: "/go".into(), host_path: host_path.clone(), ..Default::default() }];
+            let cri = daemon.cri().await;
+            let id = cri.run(&pod, &c, &config).await.unwrap();
+            let pid = pid_of(&cri, &id).await;
+            daemon.kill();
+            std::fs::write(go.join(&point), "").unwrap();
+            wait_for("a container ends while there is no daemon", BOUND, || command_line(pid).is_empty());
+            if daemon.begin_doomed(&point).await {
+                wait_for(&format!("the daemon dies at {point}"), BOUND, || daemon.has_died());
+            }
+            daemon.begin().await;
+            let status = daemon.cri().await.exited(&id, BOUND).await;
+            assert_eq!(status.exit_code, 9, "{point}: {status:?}");
+            ended.push((id, status.finished_at));
+        }
+    }
+    let cri = daemon.cri().await;
+    for (id, finished_at) in ended {
+        let status = cri.status(&id).await.unwrap();
+        assert_eq!((status.exit_code, status.finished_at), (9, finished_at));
+    }
+    cri.stop_pod(&pod).await.unwrap();
+    cri.remove_pod(&pod).await.unwrap();
+    daemon.leaves_nothing_but(&before);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn daemon_and_shim_die_together() {
     let (mut daemon, cri) = start().await;

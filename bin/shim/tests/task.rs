@@ -6,6 +6,7 @@ mod harness;
 use harness::common::{Bundle, Shape, sh};
 use harness::{CALL, Fifo, Io, Shim, code};
 use proto::containerd::task::v3 as task;
+use rustix::fs::{Mode, OFlags};
 use std::time::{Duration, Instant};
 
 fn topics(seen: &[harness::Seen]) -> Vec<&str> {
@@ -674,16 +675,22 @@ async fn the_metrics_have_every_controller_of_the_container() {
 
 #[tokio::test]
 async fn a_terminal_s_last_bytes_wait_for_a_reader_that_comes_late() {
-    const BYTES: usize = 70_000; // a FIFO takes 65536 without a reader
+    // A terminal holds 4095 bytes that nobody takes.
+    const BYTES: usize = 3000;
     let shim = Shim::start().await;
     let b = Bundle::new(&Shape::default());
     shim.create(&b, Io::default()).await.unwrap();
     shim.start_task(&b).await.unwrap();
     let path = b.path().join("o");
     stdio::fifo::make(&path).unwrap();
+    // Full before the exec writes: how much else would fit depends on the sizes of the shim's writes.
+    let flags = OFlags::RDWR | OFlags::NONBLOCK;
+    let full = rustix::fs::open(&path, flags, Mode::empty()).unwrap();
+    let before = std::iter::from_fn(|| rustix::io::write(&full, &[b'y'; 4096]).ok()).sum::<usize>();
     let io = Io { stdout: path.to_str().unwrap(), terminal: true, ..Io::default() };
     let script = format!("head -c {BYTES} /dev/zero | tr '\\0' x; exit 6");
     shim.exec(&b, "t", &sh(&script), io).await.unwrap();
+    drop(full); // the shim has both ends
     assert_eq!(shim.wait(&b, "t").await.unwrap(), 6);
     let read = async {
         tokio::time::sleep(Duration::from_millis(1200)).await;
@@ -692,7 +699,8 @@ async fn a_terminal_s_last_bytes_wait_for_a_reader_that_comes_late() {
         sink.into_kept()
     };
     let (deleted, all) = tokio::join!(shim.delete(&b, "t"), read);
-    assert_eq!((deleted.unwrap(), all.len()), (6, BYTES));
+    assert_eq!((deleted.unwrap(), all.len()), (6, before + BYTES));
+    assert!(all[before..].iter().all(|&c| c == b'x'));
     shim.kill(&b, "", 9).await.unwrap();
     shim.wait(&b, "").await.unwrap();
     shim.delete(&b, "").await.unwrap();

@@ -140,6 +140,8 @@ steps! {
     RecoverAdopt = "recover.adopt",
     /// It removes what no record names.
     RecoverSweep = "recover.sweep",
+    /// It has recorded what it found.
+    RecoverRecord = "recover.record",
 }
 
 impl Step {

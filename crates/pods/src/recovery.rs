@@ -105,6 +105,8 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
     fault::after(Fault::RecoverAdopt);
     fault::around(Fault::RecoverSweep, crate::reconcile::first_round(shared, &known(shared, &stored))).await;
     check_networks(shared, &stored);
+    // Before owners take down the tasks of ended containers, whose bundles know the ends too.
+    fault::around(Fault::RecoverRecord, shared.journal.flush()).await;
     for s in stored {
         match shared.store.timeline(&s.pod.id).await {
             Ok(Some(json)) => {
