@@ -242,6 +242,20 @@ impl Daemon {
         (out.status.code().unwrap_or(-1), text(&out.stdout), text(&out.stderr))
     }
 
+    /// The exit code and the findings of `longshore doctor`, which is told of this state
+    /// directory.
+    pub fn doctor(&self, state: &Path, more: &[&str]) -> (i32, Vec<serde_json::Value>) {
+        let (root, config) = (self.dir().join("root"), self.dir().join("config.toml"));
+        let mut args = vec!["doctor", "-o", "json"];
+        for (flag, path) in [("--config", config.as_path()), ("--root", root.as_path()), ("--state", state)] {
+            args.extend([flag, path.to_str().unwrap()]);
+        }
+        args.extend(more);
+        let (code, out, err) = self.cli(&args);
+        let said: serde_json::Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
+        (code, said["findings"].as_array().unwrap().clone())
+    }
+
     /// Imports an image under a name.
     pub fn import(&self, image: &ImageBuilder, name: &str) {
         let archive = self.root.join("image.tar");

@@ -564,6 +564,11 @@ async fn a_shim_that_hangs_delays_its_own_pod_alone() {
         let (cri, id) = (cri.clone(), hangs.clone());
         async move { cri.exec(&id, &["true"], 60).await }
     });
+    let waits = format!("in container {hangs}, which waits for the shim's ");
+    wait_for("doctor names what the exec waits for", BOUND, || {
+        let (_, findings) = daemon.doctor(&daemon.state(), &[]);
+        findings.iter().any(|f| f["found"].as_str().unwrap().contains(&waits))
+    });
     // Lists and the other pod go on as if nothing were.
     for _ in 0..5 {
         let begun = std::time::Instant::now();

@@ -8,15 +8,7 @@ use std::process::Command;
 
 /// The exit code and the findings.
 fn doctor(daemon: &Daemon, state: &std::path::Path) -> (i32, Vec<Value>) {
-    let (root, config) = (daemon.dir().join("root"), daemon.dir().join("config.toml"));
-    let paths = [("--config", config.as_path()), ("--root", root.as_path()), ("--state", state)];
-    let mut args = vec!["doctor", "-o", "json"];
-    for (flag, path) in &paths {
-        args.extend([flag, path.to_str().unwrap()]);
-    }
-    let (code, out, err) = daemon.cli(&args);
-    let said: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
-    let findings = said["findings"].as_array().unwrap().clone();
+    let (code, findings) = daemon.doctor(state, &[]);
     for f in &findings {
         let well = f["verdict"] == "ok";
         assert_eq!(well, f["remedy"] == "", "what is not well has a remedy: {f}");

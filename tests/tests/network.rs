@@ -361,6 +361,31 @@ async fn a_plugin_that_fails_is_named_and_costs_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn doctor_says_that_a_pod_waits_for_its_network() {
+    let w = World::with("").await;
+    let go = w.daemon.dir().join("go");
+    w.script("waits", &format!("while [ ! -e {} ]; do sleep 0.05; done; echo '{{}}'", go.display()));
+    let chain = json!({"cniVersion": "1.0.0", "name": "test", "plugins": [{"type": "waits"}]});
+    w.configure("10-test.conflist", &chain.to_string());
+    wait_for("it is in use", BOUND, || w.info_text().contains("\"type\":\"waits\""));
+    let made = tokio::spawn({
+        let (cri, config) = (w.cri.clone(), w.pod("p"));
+        async move { cri.run_pod(&config).await }
+    });
+    wait_for("doctor says so", BOUND, || {
+        let (_, findings) = w.daemon.doctor(&w.daemon.state(), &[]);
+        let all: Vec<_> = findings.iter().map(|f| f["found"].as_str().unwrap()).collect();
+        all.iter().any(|f| f.contains("RunPodSandbox of pod ") && f.contains("which waits for network ("))
+    });
+    std::fs::write(&go, "").unwrap();
+    // Its answer has no address, which is no network; what was waited for has ended.
+    if let Ok(pod) = made.await.unwrap() {
+        w.remove(&pod).await;
+    }
+    w.leaves_nothing_of(&[], &[]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn dhcp_without_its_daemon_is_a_clear_error() {
     let w = World::with("").await;
     w.configure(

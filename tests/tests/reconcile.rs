@@ -27,12 +27,8 @@ async fn pid_of(cri: &Cri, id: &str) -> u32 {
 
 /// The findings of one check.
 fn doctor(daemon: &Daemon, check: &str, more: &[&str]) -> Vec<Value> {
-    let (root, state) = (daemon.dir().join("root"), daemon.state());
-    let mut args = vec!["doctor", "-o", "json", "--root", root.to_str().unwrap(), "--state", state.to_str().unwrap()];
-    args.extend(more);
-    let (_, out, err) = daemon.cli(&args);
-    let said: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
-    said["findings"].as_array().unwrap().iter().filter(|f| f["check"] == check).cloned().collect()
+    let (_, findings) = daemon.doctor(&daemon.state(), more);
+    findings.into_iter().filter(|f| f["check"] == check).collect()
 }
 
 fn says(findings: &[Value], part: &str) -> bool {

@@ -2,7 +2,7 @@
 
 use crate::errors::status;
 use crate::server::Cri;
-use pods::PodFilter;
+use pods::{Operation, PodFilter};
 use proto::admin::admin_server::Admin;
 use proto::admin::*;
 use std::path::Path;
@@ -63,9 +63,12 @@ impl Admin for Cri {
         self.find_timeline(&r.get_ref().pod).map(Response::new).map_err(status("Timeline"))
     }
     async fn waiting(&self, _: Request<WaitingRequest>) -> Answer<WaitingResponse> {
-        let operations = self.pods.operations().into_iter().map(|(what, age)| WaitingOperation {
-            what,
-            milliseconds: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+        let pulls = self.images.pulls().into_iter();
+        let pulls = pulls.map(|(image, age)| Operation { what: format!("pull of {image}"), age, waits_for: vec![] });
+        let operations = self.pods.operations().into_iter().chain(pulls).map(|o| WaitingOperation {
+            what: o.what,
+            milliseconds: u64::try_from(o.age.as_millis()).unwrap_or(u64::MAX),
+            waits_for: o.waits_for.iter().map(|(step, age)| format!("{step} ({} s)", age.as_secs())).collect(),
         });
         Ok(Response::new(WaitingResponse { operations: operations.collect() }))
     }

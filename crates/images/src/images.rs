@@ -29,6 +29,8 @@ pub struct Images {
 }
 
 type Pull = Shared<BoxFuture<'static, Result<ImageId, Arc<Error>>>>;
+/// What is pulled, and with whose secret.
+type PullKey = (Reference, Option<Auth>);
 
 pub(crate) struct Inner {
     pub(crate) config: ImagesConfig,
@@ -42,7 +44,7 @@ pub(crate) struct Inner {
     pub(crate) layers: KeyLocks,
     pub(crate) blobs: Blobs,
     /// Pulls under way, which further callers with the same name and secret join.
-    pulls: Mutex<HashMap<(Reference, Option<Auth>), Pull>>,
+    pulls: Mutex<HashMap<PullKey, (Pull, Instant)>>,
     fs_info: tokio::sync::Mutex<Option<(Instant, FsUsage)>>,
 }
 
@@ -123,16 +125,22 @@ impl Images {
             let mut pulls = self.inner.pulls.lock().unwrap_or_else(PoisonError::into_inner);
             let key = (reference, auth);
             match pulls.get(&key) {
-                Some(pull) => pull.clone(),
+                Some((pull, _)) => pull.clone(),
                 None => {
                     let pull = start_pull(&self.inner, key.clone());
-                    pulls.insert(key, pull.clone());
+                    pulls.insert(key, (pull.clone(), Instant::now()));
                     pull
                 }
             }
         };
         // Several callers may get the same error, which can't be cloned.
         pull.await.map_err(|e| Error::new(e.kind(), e.to_string()))
+    }
+
+    /// The pulls that are under way: what is pulled, and for how long now.
+    pub fn pulls(&self) -> Vec<(String, Duration)> {
+        let pulls = self.inner.pulls.lock().unwrap_or_else(PoisonError::into_inner);
+        pulls.iter().map(|((reference, _), (_, since))| (reference.to_string(), since.elapsed())).collect()
     }
 
     /// Imports the images of an OCI archive, a docker archive, or an OCI layout
@@ -213,7 +221,7 @@ impl Images {
 
 /// Starts a pull on a task of its own; the lock on `pulls` is held meanwhile, so
 /// that it can't end before it is listed there.
-fn start_pull(inner: &Arc<Inner>, key: (Reference, Option<Auth>)) -> Pull {
+fn start_pull(inner: &Arc<Inner>, key: PullKey) -> Pull {
     let inner = inner.clone();
     let task = tokio::spawn(async move {
         let pulled = pull(&inner, &key.0, key.1.clone()).await;

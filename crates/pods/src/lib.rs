@@ -46,6 +46,7 @@ pub use journal::Journal;
 pub use manager::{ContainerFilter, PodFilter, Pods, running_pid};
 pub use quarantine::Quarantine;
 pub use registry::Registry;
+pub use runtime::Operation;
 pub use shared::{PodsConfig, Shared};
 pub use state::{ContainerInfo, ContainerRecord, ContainerState, ExitReason, PodInfo, PodPhase, PodState, PodView};
 

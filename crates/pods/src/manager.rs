@@ -16,11 +16,12 @@ use crate::sandbox::{self, NamespacePlan};
 use crate::shared::Shared;
 use crate::state::{ContainerInfo, ContainerState, PodInfo, PodPhase, PodView, pod_name};
 use proto::cri::{ContainerConfig, LinuxContainerResources, PodSandboxConfig};
-use runtime::{ExecOutput, RuntimeEvent, SandboxKind, TaskState};
+use runtime::{ExecOutput, Operation, RuntimeEvent, SandboxKind, TaskState};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use telemetry::Span;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use types::{Error, Result, ResultExt};
 
@@ -354,9 +355,26 @@ impl Pods {
         self.shared.events.subscribe()
     }
 
-    /// What the runtimes have under way, in a few words each, and since when.
-    pub fn operations(&self) -> Vec<(String, Duration)> {
-        self.shared.runtime.operations()
+    /// What is under way of pods, and in the runtimes below them.
+    pub fn operations(&self) -> Vec<Operation> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let age = |s: &Span| now.saturating_sub(Duration::from_nanos(u64::try_from(s.started_at).unwrap_or(0)));
+        let mut all: Vec<Operation> = Vec::new();
+        // A step follows the operation that it belongs to.
+        for (pod, span) in self.shared.timelines.open() {
+            let of =
+                if span.container.is_empty() { String::new() } else { format!("container {} in ", span.container) };
+            let what = format!("{} of {of}pod {pod}", span.operation);
+            match all.iter_mut().find(|o| o.what == what) {
+                Some(whole) if !span.step.is_empty() => whole.waits_for.push((span.step.clone(), age(&span))),
+                _ => {
+                    let step = Some((span.step.clone(), age(&span))).filter(|(step, _)| !step.is_empty());
+                    all.push(Operation { what, age: age(&span), waits_for: step.into_iter().collect() });
+                }
+            }
+        }
+        all.extend(self.shared.runtime.operations());
+        all
     }
 
     /// The timed steps of pods.

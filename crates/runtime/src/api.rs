@@ -185,6 +185,17 @@ pub struct RecoveredPod {
     pub containers: Vec<(String, Option<TaskState>)>,
 }
 
+/// What is under way, for people who wonder what is stuck.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Operation {
+    /// A few words with its object: "stop the shim of pod x".
+    pub what: String,
+    /// Since it began.
+    pub age: Duration,
+    /// What it awaits now ("the shim's Delete"), and since when.
+    pub waits_for: Vec<(String, Duration)>,
+}
+
 /// What lies on this node of a backend's pods, whoever knows of them.
 #[derive(Debug, Clone, Default)]
 pub struct Holdings {
@@ -260,9 +271,8 @@ pub trait Runtime: Send + Sync + 'static {
     /// then belongs to it, whatever the configuration says today.
     fn owns(&self, pod: &str) -> bool;
 
-    /// What is under way, in a few words each, and since when: for people who wonder
-    /// what is stuck.
-    fn operations(&self) -> Vec<(String, Duration)> {
+    /// What is under way: for people who wonder what is stuck.
+    fn operations(&self) -> Vec<Operation> {
         Vec::new()
     }
 

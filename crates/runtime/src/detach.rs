@@ -27,11 +27,7 @@ impl Ops {
         work: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<T> {
         let op = self.begin(what.clone());
-        let work = async move {
-            let _op = op;
-            work.await
-        };
-        match tokio::spawn(work).await {
+        match tokio::spawn(op.scope(work)).await {
             Ok(r) => r,
             Err(e) => Err(Error::internal(format!("{what}: it ended early")).because(e)),
         }
@@ -227,8 +223,8 @@ macro_rules! runtime_by {
 
             $($($more)+)?
 
-            fn operations(&self) -> Vec<(String, std::time::Duration)> {
-                self.inner.ops.ages()
+            fn operations(&self) -> Vec<$crate::api::Operation> {
+                self.inner.ops.list()
             }
 
             async fn recover(
@@ -344,7 +340,7 @@ mod tests {
         };
         let call = ops.detached("stop pod x".into(), work);
         assert!(tokio::time::timeout(Duration::from_millis(20), call).await.is_err(), "the caller goes");
-        assert!(ops.list()[0].starts_with("stop pod x, for "));
+        assert_eq!(ops.list()[0].what, "stop pod x");
         go.send(()).unwrap();
         ended.await.unwrap();
     }

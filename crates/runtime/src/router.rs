@@ -179,7 +179,7 @@ impl Runtime for Runtimes {
         self.backends.iter().any(|b| b.runtime.owns(pod))
     }
 
-    fn operations(&self) -> Vec<(String, std::time::Duration)> {
+    fn operations(&self) -> Vec<crate::api::Operation> {
         self.backends.iter().flat_map(|b| b.runtime.operations()).collect()
     }
 

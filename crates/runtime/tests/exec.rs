@@ -110,7 +110,7 @@ fn a_caller_that_goes_takes_its_command_along(kind: Kind) {
         assert!(gone.is_err());
     }
     only_init_is_left(&node);
-    eventually("nothing goes on", || node.m().waiting().is_empty());
+    eventually("nothing goes on", || node.m().operations().is_empty());
 }
 
 fn many_at_once(kind: Kind) {

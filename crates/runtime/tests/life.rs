@@ -62,7 +62,7 @@ fn a_pod_runs(kind: Kind) {
     assert!(!alive(pid) && !alive(first.shim_pid().unwrap()));
     node.no_event();
     assert_eq!(node.run(m.task_state("pod1", "c3")).unwrap_err().kind(), ErrorKind::NotFound);
-    assert!(m.waiting().is_empty());
+    assert!(m.operations().is_empty());
     node.assert_clean();
 }
 

@@ -140,6 +140,13 @@ impl Timelines {
         self.lock().get(pod).map(|t| t.spans.iter().map(|(_, s)| s.clone()).collect()).unwrap_or_default()
     }
 
+    /// The spans that still run, of all pods, each with its pod's id.
+    pub fn open(&self) -> Vec<(String, Span)> {
+        let pods = self.lock();
+        let all = pods.iter().flat_map(|(id, t)| t.spans.iter().map(move |(_, span)| (id, span)));
+        all.filter(|(_, span)| span.duration.is_none()).map(|(id, span)| (id.clone(), span.clone())).collect()
+    }
+
     /// The pod's timeline as JSON, to be given to [`Timelines::restore`] later.
     ///
     /// # Errors
@@ -236,9 +243,12 @@ mod tests {
         let whole = t.span("p", "RunPodSandbox", "", "");
         let step = t.span("p", "RunPodSandbox", "network", "");
         assert!(t.get("p").iter().all(|s| s.duration.is_none()));
+        let open: Vec<_> = t.open().into_iter().map(|(pod, s)| (pod, s.step)).collect();
+        assert_eq!(open, [("p".to_string(), String::new()), ("p".to_string(), "network".to_string())]);
         step.fail(&"no address");
         whole.done();
         drop(t.span("p", "StopPodSandbox", "", ""));
+        assert!(t.open().is_empty());
         let spans = t.get("p");
         assert!(spans.iter().all(|s| s.duration.is_some() && s.started_at > 0));
         assert_eq!(spans[0].error, None);

@@ -9,6 +9,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use types::{Error, Result, Signal};
 
+/// As it is called in the timeline.
+const OP: &str = "StopPodSandbox";
 /// How long a death after SIGKILL is waited for.
 const KILL_WAIT: Duration = Duration::from_secs(10);
 
@@ -140,8 +142,9 @@ pub async fn end_task_of(shared: &Shared, pod: &str, id: &str, why: &str) -> Res
 /// What failed; it may be asked for again.
 pub async fn end_sandbox(ctx: &PodContext) -> Result<()> {
     let (shared, id) = (&ctx.shared, &ctx.pod.id);
-    shared.network.detach(id).await?;
-    shared.bounded("removing the sandbox", shared.sandboxes.teardown(id)).await
+    shared.timelines.timed(id, OP, "network", "", shared.network.detach(id)).await?;
+    let removed = shared.bounded("removing the sandbox", shared.sandboxes.teardown(id));
+    shared.timelines.timed(id, OP, "namespaces", "", removed).await
 }
 
 /// Ends a pod whose containers have ended: init, shim, namespaces, files. It goes
@@ -162,6 +165,7 @@ pub async fn stop_pod(ctx: &PodContext) -> Result<()> {
         }
     }
     let shim = shared.bounded("stopping the shim", shared.runtime.stop_pod(id));
+    let shim = shared.timelines.timed(id, OP, "shim", "", shim);
     let sandbox = end_sandbox(ctx);
     let (shim, sandbox) = tokio::join!(shim, sandbox);
     errors.extend(shim.err());

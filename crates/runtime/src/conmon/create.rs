@@ -17,6 +17,7 @@ use super::task::{Live, Pod, Task, forget_mounts};
 use crate::api::{PodSpec, TaskSpec};
 use crate::bundle::{self, blocking};
 use crate::cgroup;
+use crate::ops::step;
 use oci::Runtime as _;
 use oci::cgroup::Cgroup;
 use std::path::{Path, PathBuf};
@@ -165,7 +166,7 @@ impl Inner {
                 let words = started.words().unwrap_or_else(|| "it said nothing".into());
                 return Err(Error::internal(format!("the monitor failed: {}: {words}", ended(forked))));
             }
-            self.created(dir, &mut started).await
+            step("the monitor's word of the container", self.created(dir, &mut started)).await
         };
         let done = tokio::select! {
             biased;

@@ -21,6 +21,7 @@ use super::task::{Pod, Task};
 use crate::api::{ExecOutput, ExecSyncSpec};
 use crate::bundle::{self, blocking, write_atomic};
 use crate::holders::{self, Node};
+use crate::ops::step;
 use bytes::Bytes;
 use std::collections::HashSet;
 use std::future::pending;
@@ -182,8 +183,14 @@ impl Exec {
         };
         drop(permit);
         let out = match pipes {
-            Some(pipes) => self.by_pipes(&spec, &mut started, process.as_ref(), pipes, &mut caller).await,
-            None => self.by_log(&spec, &mut started, process.as_ref(), &mut caller).await,
+            Some(pipes) => {
+                let ended = self.by_pipes(&spec, &mut started, process.as_ref(), pipes, &mut caller);
+                step("the command's end", ended).await
+            }
+            None => {
+                let ended = self.by_log(&spec, &mut started, process.as_ref(), &mut caller);
+                step("the command's end", ended).await
+            }
         };
         self.kill(&mut started, process.as_ref().filter(|_| out.is_err())).await;
         out
@@ -193,7 +200,7 @@ impl Exec {
     async fn queue(&self, begun: Instant, caller: &mut oneshot::Receiver<()>) -> Result<SemaphorePermit<'_>> {
         let bound = self.task.record.handler.timeouts.create;
         tokio::select! {
-            permit = self.pod.starts.acquire() => permit.map_err(|e| Error::internal(self.what("queue")).because(e)),
+            permit = step("its turn among the pod's execs", self.pod.starts.acquire()) => permit.map_err(|e| Error::internal(self.what("queue")).because(e)),
             () = at(Some(begun + bound)) => {
                 Err(Error::deadline(format!("{}: other execs took longer than {bound:?}", self.what("start"))))
             }

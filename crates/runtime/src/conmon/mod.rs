@@ -102,12 +102,6 @@ impl ConmonManager {
         Ok(Arc::new(Self { inner: Arc::new(inner) }))
     }
 
-    /// What the backend does now, a sentence each with its age: for people who
-    /// wonder what is stuck.
-    pub fn waiting(&self) -> Vec<String> {
-        self.inner.ops.list()
-    }
-
     /// The pid of a container's monitor, where it runs now.
     pub fn monitor_pid(&self, pod: &str, id: &str) -> Option<u32> {
         self.inner.find(pod)?.task(id)?.monitor().filter(|m| !m.has_ended()).map(|m| m.pid())

@@ -7,6 +7,7 @@ use super::process::{Process, kill_tree};
 use super::stdin::Feed;
 use crate::api::TaskState;
 use crate::bundle::{self, blocking};
+use crate::ops::step;
 use oci::Runtime as _;
 use oci::cgroup::Cgroup;
 use std::collections::HashMap;
@@ -169,9 +170,14 @@ impl Task {
 }
 
 impl Inner {
+    /// A container's OCI runtime.
+    fn runtime_of(&self, pod: &str, task: &Task) -> oci::Command {
+        self.runtime(&task.record.handler, &self.bundle(pod, &task.id))
+    }
+
     pub(super) async fn start_task(&self, pod: &str, id: &str) -> Result<()> {
         let task = self.task(pod, id)?;
-        self.runtime(&task.record.handler, &self.bundle(pod, id)).start(id).await
+        step("the runtime's start", self.runtime_of(pod, &task).start(id)).await
     }
 
     /// Sends a signal to init, held by its pidfd. One that is gone is success.
@@ -194,7 +200,7 @@ impl Inner {
         *task.killed() = Some((signal, why.to_string()));
         // A frozen process would not even die of SIGKILL.
         if task.is_frozen()
-            && let Err(e) = self.runtime(&task.record.handler, &self.bundle(pod, id)).resume(id).await
+            && let Err(e) = step("the runtime's resume", self.runtime_of(pod, &task).resume(id)).await
         {
             tracing::warn!(container = id, error = %e, "can't be thawed for {signal}");
         }
@@ -226,7 +232,7 @@ impl Inner {
         let Some(live) = task.live() else {
             return Err(Error::precondition(format!("container {id} is being created")));
         };
-        let state = self.runtime(&task.record.handler, &self.bundle(pod, id)).state(id).await;
+        let state = step("the runtime's state", self.runtime_of(pod, &task).state(id)).await;
         let alive = live.init.as_ref().filter(|p| !p.has_ended()).map(Process::pid);
         match (state, alive) {
             (Ok(state), Some(pid)) => match state.status.as_str() {
@@ -240,7 +246,7 @@ impl Inner {
                 Ok(TaskState::Running { pid })
             }
             // It has stopped: its watcher waits for the exit status, bounded.
-            (_, None) => match task.ended().await {
+            (_, None) => match step("its exit file", task.ended()).await {
                 Some(exit) => Ok(TaskState::Stopped(exit)),
                 None => Err(Error::internal(format!("container {id} is being removed"))),
             },
@@ -249,21 +255,21 @@ impl Inner {
 
     pub(super) async fn pause_task(&self, pod: &str, id: &str) -> Result<()> {
         let task = self.task(pod, id)?;
-        self.runtime(&task.record.handler, &self.bundle(pod, id)).pause(id).await?;
+        step("the runtime's pause", self.runtime_of(pod, &task).pause(id)).await?;
         task.set_paused(true);
         Ok(())
     }
 
     pub(super) async fn resume_task(&self, pod: &str, id: &str) -> Result<()> {
         let task = self.task(pod, id)?;
-        self.runtime(&task.record.handler, &self.bundle(pod, id)).resume(id).await?;
+        step("the runtime's resume", self.runtime_of(pod, &task).resume(id)).await?;
         task.set_paused(false);
         Ok(())
     }
 
     pub(super) async fn update_task(&self, pod: &str, id: &str, resources: String) -> Result<()> {
         let task = self.task(pod, id)?;
-        self.runtime(&task.record.handler, &self.bundle(pod, id)).update(id, resources.as_bytes()).await
+        step("the runtime's update", self.runtime_of(pod, &task).update(id, resources.as_bytes())).await
     }
 
     /// Frees a dead container; unknown ones are success.
@@ -283,7 +289,7 @@ impl Inner {
                 return Err(Error::precondition(format!("delete container {id}: it is not stopped")));
             }
             // Its watcher records the end before anything of it goes.
-            let _ = tokio::time::timeout(EXIT_BOUND * 2, task.ended()).await;
+            let _ = step("its exit file", tokio::time::timeout(EXIT_BOUND * 2, task.ended())).await;
         }
         self.free(pod, &task).await?;
         if let Some(pod) = self.find(pod) {
@@ -297,7 +303,7 @@ impl Inner {
     pub(super) async fn free(&self, pod: &str, task: &Task) -> Result<()> {
         let (id, dir) = (&task.id, self.bundle(pod, &task.id));
         let mut errors = Vec::new();
-        match self.runtime(&task.record.handler, &dir).delete(id, true).await {
+        match step("the runtime's delete", self.runtime_of(pod, task).delete(id, true)).await {
             Err(e) if !e.is_not_found() => errors.push(e),
             _ => {}
         }
@@ -312,7 +318,7 @@ impl Inner {
     async fn end_monitor(&self, id: &str, record: &Record, monitor: Option<&Process>) {
         let bound = record.handler.timeouts.cleanup;
         if let Some(monitor) = monitor
-            && !monitor.ended_within(bound).await
+            && !step("the end of its monitor", monitor.ended_within(bound)).await
         {
             tracing::warn!(
                 container = id,
@@ -337,7 +343,7 @@ impl Inner {
     /// `DeadlineExceeded` where it doesn't come.
     pub(super) async fn await_end(&self, task: &Task) -> Result<()> {
         let bound = task.record.handler.timeouts.cleanup + EXIT_BOUND;
-        match tokio::time::timeout(bound, task.ended()).await {
+        match step("its exit file", tokio::time::timeout(bound, task.ended())).await {
             Ok(_) => Ok(()),
             Err(_) => Err(Error::new(
                 ErrorKind::DeadlineExceeded,

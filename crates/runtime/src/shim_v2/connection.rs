@@ -9,6 +9,7 @@
 //! channel that broke dials again by itself at the next call.
 
 use super::bootstrap::Bootstrap;
+use crate::ops::step;
 use bytes::{Buf, BufMut};
 use hyper_util::rt::TokioIo;
 use proto::ttrpc_glue::{Caller, status};
@@ -85,10 +86,13 @@ fn channel(path: &Path, stream: UnixStream) -> Channel {
 
 impl Caller for Connection {
     async fn unary(&self, service: &str, method: &str, timeout: Duration, payload: Vec<u8>) -> ttrpc::Result<Vec<u8>> {
-        match self {
-            Self::Ttrpc { client, order } => in_order(order, client.unary(service, method, timeout, payload)).await,
-            Self::Grpc(channel) => grpc(channel.clone(), service, method, timeout, payload).await,
-        }
+        let answer = async {
+            match self {
+                Self::Ttrpc { client, order } => in_order(order, client.unary(service, method, timeout, payload)).await,
+                Self::Grpc(channel) => grpc(channel.clone(), service, method, timeout, payload).await,
+            }
+        };
+        step(format!("the shim's {method}"), answer).await
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::bootstrap::Bootstrap;
 use super::config::Handler;
+use crate::ops::step;
 use prost::Message;
 use proto::containerd::task::v3::DeleteResponse;
 use std::path::{Path, PathBuf};
@@ -127,7 +128,7 @@ impl Binary {
                     }
                 }
             };
-            tokio::time::timeout(bound, ended).await
+            step(format!("'{} {action}'", self.shim.display()), tokio::time::timeout(bound, ended)).await
         };
         match status {
             Ok(Ok(status)) => Ok(Answer { status, stdout, stderr }),

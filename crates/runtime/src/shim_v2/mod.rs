@@ -118,12 +118,6 @@ impl ShimManager {
         }
     }
 
-    /// What the manager does now, a sentence each with its age: for people who
-    /// wonder what is stuck.
-    pub fn waiting(&self) -> Vec<String> {
-        self.inner.ops.list()
-    }
-
     /// The pids of all processes of a container, as the shim knows them.
     ///
     /// # Errors

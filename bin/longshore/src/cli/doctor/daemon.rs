@@ -102,15 +102,15 @@ async fn waiting(all: &mut Findings, client: &mut Client) {
         Ok(answer) if answer.operations.is_empty() => all.ok("operations", "none is under way"),
         Ok(answer) => {
             for o in answer.operations {
+                let waits = if o.waits_for.is_empty() { "" } else { ", which waits for " };
+                let what = format!("{}{waits}{}", o.what, o.waits_for.join(" and "));
                 if o.milliseconds >= STUCK {
-                    let found = format!("{}, for {} s", o.what, o.milliseconds / 1000);
-                    all.warn(
-                        "operations",
-                        found,
-                        "look at the shim's process (stopped? in state D?) and its lines in the log",
-                    );
+                    let found = format!("for {} s now: {what}", o.milliseconds / 1000);
+                    let remedy =
+                        "look at the process that it waits for (stopped? in state D?) and its lines in the log";
+                    all.warn("operations", found, remedy);
                 } else {
-                    all.ok("operations", format!("{}, for {} ms", o.what, o.milliseconds));
+                    all.ok("operations", format!("for {} ms now: {what}", o.milliseconds));
                 }
             }
         }
