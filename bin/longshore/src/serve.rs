@@ -11,6 +11,7 @@ use pods::{Pods, PodsConfig, Shared};
 use runtime::Runtimes;
 use runtime::conmon::{ConmonConfig, ConmonManager, Handler as MonitorHandler};
 use runtime::shim_v2::{Handler as ShimHandler, ShimConfig, ShimManager};
+use rustix::io::Errno;
 use serde_json::json;
 use snapshots::{Overlay, Snapshotter};
 use std::fs::{DirBuilder, File, Permissions};
@@ -155,16 +156,17 @@ fn writable(dir: &Path) -> bool {
     rustix::fs::statvfs(there).is_ok_and(|s| !s.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
 }
 
-/// Two daemons on one directory would each remove what the other made.
+/// Two daemons on one directory would each remove what the other made. The lock is the
+/// process's: what it has just forked when it is killed does not keep the next one out.
 fn lock(dir: &Path, flag: &str) -> Result<File> {
     let path = dir.join("lock");
     let file = File::create(&path).with_context(|| format!("make {}", path.display()))?;
-    match file.try_lock() {
+    match rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => {
+        Err(Errno::AGAIN | Errno::ACCESS) => {
             bail!("another longshore serves from {}: stop it, or give this one another {flag}", dir.display())
         }
-        Err(std::fs::TryLockError::Error(e)) => Err(e).with_context(|| format!("lock {}", path.display())),
+        Err(e) => Err(e).with_context(|| format!("lock {}", path.display())),
     }
 }
 
@@ -172,7 +174,7 @@ fn listen(socket: &Path) -> Result<UnixListener> {
     if let Some(dir) = socket.parent() {
         DirBuilder::new().recursive(true).mode(0o711).create(dir).with_context(|| format!("make {}", dir.display()))?;
     }
-    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+    if std::os::unix::net::UnixStream::connect(socket).is_ok_and(|s| listener_lives(&s)) {
         bail!("somebody serves on {} already: stop it, or give this one another --socket", socket.display());
     }
     match std::fs::remove_file(socket) {
@@ -185,6 +187,15 @@ fn listen(socket: &Path) -> Result<UnixListener> {
     std::fs::set_permissions(socket, Permissions::from_mode(0o660))
         .with_context(|| format!("chmod {}", socket.display()))?;
     Ok(listener)
+}
+
+/// Whether who listened at the other end still runs: what a daemon has just forked when
+/// it is killed holds its socket for a moment longer, and serves nobody.
+fn listener_lives(stream: &std::os::unix::net::UnixStream) -> bool {
+    match rustix::net::sockopt::socket_peercred(stream) {
+        Ok(peer) => rustix::process::test_kill_process(peer.pid) != Err(Errno::SRCH),
+        Err(_) => true,
+    }
 }
 
 /// A binary that comes with us: as configured, beside our own, or on PATH.

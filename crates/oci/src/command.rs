@@ -152,6 +152,13 @@ impl Command {
         // A group of its own: where the call has to be killed, its children go too.
         command.process_group(0);
         let spawned = command.spawn().context(|| format!("start {} for {verb}", self.config.binary.display()));
+        // No word of a container, whose absence callers take for its end.
+        let spawned = spawned.map_err(|e| match e.kind() {
+            ErrorKind::NotFound => {
+                e.with_kind(ErrorKind::FailedPrecondition).hint("is the OCI runtime installed there?")
+            }
+            _ => e,
+        });
         // The command holds our copies of the container's streams.
         drop(command);
         let pid = i32::try_from(spawned?.id()).unwrap_or(-1);
@@ -249,7 +256,7 @@ impl Command {
         let _ = std::fs::remove_file(&launch.pid_file);
         done?;
         let pid: i32 = pid
-            .context(|| format!("{} {verb} left no pid file", self.name()))?
+            .context_kind(ErrorKind::Internal, || format!("{} {verb} left no pid file", self.name()))?
             .trim()
             .parse()
             .context(|| format!("{} {verb} left a pid file without a number", self.name()))?;

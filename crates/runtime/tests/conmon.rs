@@ -336,6 +336,24 @@ fn a_restarted_daemon_finds_all_that_lives_and_has_died() {
     node.end("p");
 }
 
+#[test]
+fn a_runtime_that_is_gone_has_ended_no_container() {
+    let mut node = Monitored::stopped();
+    node.handler.runtime_binary = runtime(&node, "");
+    node.start();
+    let pid = node.launch("p", "c", &["sleep", "1000"]);
+    node.die();
+    let (binary, aside) = (node.handler.runtime_binary.clone(), node.root.join("aside"));
+    std::fs::rename(&binary, &aside).unwrap();
+    node.start();
+    assert_eq!(node.recover("p", &["c"]), [Some(TaskState::Running { pid })]);
+    let e = node.run(node.m().stop_pod("p")).unwrap_err();
+    assert!(e.to_string().contains(binary.to_str().unwrap()), "{e}");
+    assert!(node.bundle("p", "c").exists(), "the next attempt finds it");
+    std::fs::rename(&aside, &binary).unwrap();
+    node.end("p");
+}
+
 /// A process that has nothing to do with any of it.
 struct Innocent(std::process::Child);
 

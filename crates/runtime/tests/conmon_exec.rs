@@ -75,6 +75,31 @@ fn the_first_of_much_output_is_kept_and_the_command_goes_on() {
 }
 
 #[test]
+fn a_log_that_stands_between_takes_no_more_disk_than_is_kept() {
+    const KEEP: usize = 1 << 20;
+    let node = Monitored::with(|handler| handler.exec_by_log = true);
+    node.launch("p", "c", &["sleep", "1000"]);
+    let spec = ExecSyncSpec { keep: KEEP, ..node.exec(&["sh", "-c", "yes $(echo 0 | head -c 1) | head -c 32m"]) };
+    let call = node.spawn({
+        let m = node.m().clone();
+        async move { m.exec_sync("p", "c", spec).await }
+    });
+    let mut most = 0;
+    while !call.is_finished() {
+        let execs = std::fs::read_dir(node.bundle("p", "c").join("execs")).into_iter().flatten().flatten();
+        let sizes = execs.filter_map(|e| std::fs::metadata(e.path().join("log")).ok()).map(|m| m.len());
+        most = sizes.chain([most]).max().unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let out = node.run(call).unwrap().unwrap();
+    assert_eq!(out.status, ExitStatus::Code(0));
+    assert!(out.stdout.len() <= KEEP && !out.stdout.is_empty(), "{}", out.stdout.len());
+    // Beside what it keeps, the write that reaches the bound.
+    assert!(most <= 2 * KEEP as u64 + (1 << 17), "{most}");
+    node.end("p");
+}
+
+#[test]
 fn a_timeout_kills_the_command_and_its_group() {
     both(|node| {
         node.launch("p", "c", &["sleep", "1000"]);

@@ -131,6 +131,29 @@ fn a_dead_shim_is_buried_and_replaced(kind: Kind) {
     node.assert_clean();
 }
 
+#[test]
+fn what_can_not_be_ended_after_its_shim_is_not_forgotten() {
+    let mut node = Node::new(Kind::Ours);
+    let (binary, aside) = (node.root.join("runtime"), node.root.join("aside"));
+    std::os::unix::fs::symlink("/usr/sbin/runc", &binary).unwrap();
+    let mut config = node.config();
+    config.handlers[0].runtime_binary = binary.clone();
+    node.restart_with(config);
+    let m = node.m().clone();
+    let pod = node.run(m.start_pod(&node.pod("pod1"))).unwrap();
+    let pid = node.launch("pod1", "c", &["/bin/sleep", "1000"]);
+    std::fs::rename(&binary, &aside).unwrap();
+    kill_9(pod.shim_pid().unwrap());
+    assert_eq!(node.exit_of("c").status.code(), 255);
+    assert!(alive(pid), "a runtime that can't be asked has killed nobody");
+    let e = node.run(m.stop_pod("pod1")).unwrap_err();
+    assert!(e.to_string().contains(binary.to_str().unwrap()), "{e}");
+    std::fs::rename(&aside, &binary).unwrap();
+    node.run(m.stop_pod("pod1")).unwrap();
+    assert!(!alive(pid));
+    node.assert_clean();
+}
+
 fn a_dead_daemon_harms_nobody(kind: Kind) {
     let mut node = Node::new(kind);
     let m = node.m().clone();

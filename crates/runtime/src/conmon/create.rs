@@ -84,16 +84,14 @@ impl Inner {
             return Err(self.unmake(&dir, entry, None, e).await);
         }
         let mut born = None;
-        match self.run_monitor(&dir, entry, &mut born).await {
-            Ok(pid) => {
-                let live = self.hold(&dir, entry, born, pid);
-                match live {
-                    Ok(live) => {
-                        entry.set_live(live);
-                        Ok(pid)
-                    }
-                    Err(e) => Err(self.unmake(&dir, entry, None, e).await),
-                }
+        let made = match self.run_monitor(&dir, entry, &mut born).await {
+            Ok(pid) => self.hold(&dir, entry, &mut born, pid).map(|live| (pid, live)),
+            Err(e) => Err(e),
+        };
+        match made {
+            Ok((pid, live)) => {
+                entry.set_live(live);
+                Ok(pid)
             }
             Err(e) => {
                 let e = self.unmake(&dir, entry, Some(born), e).await;
@@ -209,14 +207,14 @@ impl Inner {
         started.child.wait().await;
     }
 
-    /// Holds what was created by its pidfds.
-    fn hold(&self, dir: &Path, entry: &Task, born: Option<Process>, pid: u32) -> Result<Live> {
-        let monitor = born.map(Arc::new);
+    /// Holds what was created by its pidfds; where init can't be held, the monitor stays
+    /// the caller's.
+    fn hold(&self, dir: &Path, entry: &Task, born: &mut Option<Process>, pid: u32) -> Result<Live> {
         // The monitor is the subreaper of its container: another's child with this
         // number is another process.
-        let of_monitor = monitor.as_ref().map(|m| m.pid());
+        let of_monitor = born.as_ref().map(Process::pid);
         let init = Process::open(pid, || of_monitor.is_none() || parent(pid) == of_monitor)?;
-        Ok(self.live(dir, entry, monitor, init))
+        Ok(self.live(dir, entry, born.take().map(Arc::new), init))
     }
 
     pub(super) fn live(&self, dir: &Path, entry: &Task, monitor: Option<Arc<Process>>, init: Option<Process>) -> Live {

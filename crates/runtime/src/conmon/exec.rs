@@ -14,7 +14,9 @@
 use super::Inner;
 use super::create::runtime_error;
 use super::log;
-use super::monitor::{ExecArgs, Launch, Started, ended, passes_streams, runtime_log};
+use super::monitor::{
+    ExecArgs, LOG_BOUND_SINCE, Launch, PASSTHROUGH_SINCE, Started, Version, ended, runtime_log, version_of,
+};
 use super::process::{Process, kill_tree, parent, with_argument};
 use super::sync::Line;
 use super::task::{Pod, Task};
@@ -124,15 +126,15 @@ impl Inner {
         out
     }
 
-    /// Whether this monitor can hand our pipes down; asked once.
-    async fn passes(&self, monitor: &Path) -> bool {
-        let known = || self.passing.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(passes) = known().get(monitor).copied() {
-            return passes;
+    /// A monitor's version; asked once.
+    async fn version(&self, monitor: &Path) -> Option<Version> {
+        let known = || self.versions.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(version) = known().get(monitor).copied() {
+            return version;
         }
-        let passes = passes_streams(monitor).await;
-        known().insert(monitor.to_path_buf(), passes);
-        passes
+        let version = version_of(monitor).await;
+        known().insert(monitor.to_path_buf(), version);
+        version
     }
 
     /// The execs of a container that a daemon has begun and not ended: killed.
@@ -172,8 +174,11 @@ impl Exec {
         let begun = Instant::now();
         let permit = self.queue(begun, &mut caller).await?;
         let handler = &self.task.record.handler;
-        let by_log = handler.exec_by_log || !self.inner.passes(&handler.monitor).await;
-        let (mut started, pipes) = self.launch(&spec, by_log)?;
+        let version = self.inner.version(&handler.monitor).await;
+        let by_log = handler.exec_by_log || version.is_none_or(|v| v < PASSTHROUGH_SINCE);
+        // What is kept of both streams, which is all that anybody reads.
+        let bound = (by_log && version.is_some_and(|v| v >= LOG_BOUND_SINCE)).then_some(spec.keep as u64 * 2);
+        let (mut started, pipes) = self.launch(&spec, by_log, bound)?;
         let process = match self.started(&mut started, begun, &mut caller).await {
             Ok(process) => process,
             Err(e) => {
@@ -208,7 +213,7 @@ impl Exec {
         }
     }
 
-    fn launch(&self, spec: &ExecSyncSpec, by_log: bool) -> Result<(Started, Option<Pipes>)> {
+    fn launch(&self, spec: &ExecSyncSpec, by_log: bool, log_bound: Option<u64>) -> Result<(Started, Option<Pipes>)> {
         let handler = &self.task.record.handler;
         let runtime_root = self.inner.runtime_root(handler);
         let log = self.dir.join("log");
@@ -218,6 +223,7 @@ impl Exec {
             dir: &self.dir,
             runtime_root: &runtime_root,
             log: by_log.then_some(log.as_path()),
+            log_bound,
             // One more than ours, which is told of.
             timeout: spec.timeout.map(|t| t.as_secs() + 2),
         };

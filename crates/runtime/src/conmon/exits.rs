@@ -42,8 +42,10 @@ impl Exits {
         made.context(|| format!("create {}", dir.display()))?;
         let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)
             .context(|| "make an inotify instance".into())?;
-        inotify::add_watch(&fd, &dir, WatchFlags::MOVED_TO | WatchFlags::CLOSE_WRITE)
-            .context(|| format!("watch {}", dir.display()))?;
+        // Renamed to its name as by the original, linked to it as by ours, or written in
+        // place.
+        let ways = WatchFlags::MOVED_TO | WatchFlags::CREATE | WatchFlags::CLOSE_WRITE;
+        inotify::add_watch(&fd, &dir, ways).context(|| format!("watch {}", dir.display()))?;
         let fd = stdio::watch(fd, Interest::READABLE).context(|| format!("watch {}", dir.display()))?;
         let exits = Arc::new(Self { dir, waiting: Mutex::default() });
         let weak = Arc::downgrade(&exits);
@@ -113,6 +115,8 @@ impl Exits {
 
 fn read(path: &Path) -> Option<Exit> {
     let text = match fs::read(path) {
+        // Somebody is about to write it.
+        Ok(text) if text.is_empty() => return None,
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return None,
         Err(e) => {
@@ -175,5 +179,38 @@ mod tests {
         exits.forget("c").unwrap();
         exits.forget("c").unwrap();
         assert_eq!(exits.look("c"), None);
+    }
+
+    #[tokio::test]
+    async fn a_file_may_be_linked_to_its_name_or_written_in_place() {
+        let root = tempfile::tempdir().unwrap();
+        let exits = Exits::watch(root.path().join("exits")).unwrap();
+        for (id, linked) in [("linked", true), ("in-place", false)] {
+            let waits = {
+                let exits = exits.clone();
+                tokio::spawn(async move { exits.wait(id).await })
+            };
+            while !exits.waiting().contains_key(id) {
+                tokio::task::yield_now().await;
+            }
+            let name = exits.dir().join(id);
+            // Kept open: a close would be told, too.
+            let file = if linked {
+                use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+                let file = fs::File::from(open(exits.dir(), OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR).unwrap());
+                std::os::unix::fs::FileExt::write_all_at(&file, b"7", 0).unwrap();
+                let source = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+                linkat(CWD, source, CWD, &name, AtFlags::SYMLINK_FOLLOW).unwrap();
+                Some(file)
+            } else {
+                let file = fs::File::create(&name).unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                std::os::unix::fs::FileExt::write_all_at(&file, b"7", 0).unwrap();
+                None
+            };
+            let exit = tokio::time::timeout(Duration::from_secs(20), waits).await.unwrap().unwrap();
+            assert_eq!(exit.status, Ok(ExitStatus::Code(7)), "{id}");
+            drop(file);
+        }
     }
 }

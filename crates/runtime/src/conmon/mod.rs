@@ -46,6 +46,7 @@ mod watch;
 
 pub use config::{ConmonConfig, Handler, Timeouts};
 
+use self::monitor::Version;
 use crate::api::{Holdings, PodProcess, PodSpec, RuntimeEvent};
 use crate::bundle::{self, Layout, blocking};
 use crate::detach::runtime_by;
@@ -73,8 +74,8 @@ struct Inner {
     children: Children,
     events: UnboundedSender<RuntimeEvent>,
     pods: Mutex<HashMap<String, Arc<Pod>>>,
-    /// Which monitors can hand our streams down to an exec.
-    passing: Mutex<HashMap<PathBuf, bool>>,
+    /// Those of the monitors that have run an exec.
+    versions: Mutex<HashMap<PathBuf, Option<Version>>>,
     ops: Ops,
 }
 
@@ -96,7 +97,7 @@ impl ConmonManager {
             children: Children::new(),
             events,
             pods: Mutex::default(),
-            passing: Mutex::default(),
+            versions: Mutex::default(),
             ops: Ops::default(),
         };
         Ok(Arc::new(Self { inner: Arc::new(inner) }))

@@ -24,8 +24,12 @@ use types::{Error, ExitStatus, Result, ResultExt};
 
 /// Before the container's id, in the names of scopes and cgroups.
 const PREFIX: &str = "longshore-conmon-";
-/// The first version that can hand its own streams down (`-l passthrough`).
-const PASSTHROUGH_SINCE: (u32, u32) = (2, 1);
+/// A monitor's version: major, minor, patch.
+pub(crate) type Version = (u32, u32, u32);
+/// The first that can hand its own streams down (`-l passthrough`).
+pub(crate) const PASSTHROUGH_SINCE: Version = (2, 1, 0);
+/// The first that has a bound for all of a log (`--log-global-size-max`).
+pub(crate) const LOG_BOUND_SINCE: Version = (2, 1, 2);
 /// How long `--version` may take.
 const VERSION_BOUND: Duration = Duration::from_secs(5);
 /// How long systemd may take to make a scope.
@@ -116,6 +120,8 @@ pub(crate) struct ExecArgs<'a> {
     pub(crate) runtime_root: &'a Path,
     /// The log file; `None` hands our own streams down.
     pub(crate) log: Option<&'a Path>,
+    /// The most bytes of it, where the monitor knows such a bound.
+    pub(crate) log_bound: Option<u64>,
     /// Whole seconds after which the monitor itself ends the command, for the case
     /// that we can't.
     pub(crate) timeout: Option<u64>,
@@ -141,6 +147,9 @@ impl ExecArgs<'_> {
                 log.push(path);
                 a.pair("-l", log);
             }
+        }
+        if let Some(bytes) = self.log_bound {
+            a.pair("--log-global-size-max", bytes.to_string());
         }
         if let Some(seconds) = self.timeout {
             a.pair("-T", seconds.to_string());
@@ -335,24 +344,24 @@ pub(crate) async fn remove_emptied(path: String) {
     tracing::warn!(cgroup = path, "a cgroup stays");
 }
 
-/// Whether this monitor can hand our own streams down to an exec.
-pub(crate) async fn passes_streams(binary: &Path) -> bool {
+/// The version that this monitor says it is; `None` where it says none.
+pub(crate) async fn version_of(binary: &Path) -> Option<Version> {
     let run = tokio::process::Command::new(binary)
         .arg("--version")
         .stdin(std::process::Stdio::null())
         .kill_on_drop(true)
         .output();
     match tokio::time::timeout(VERSION_BOUND, run).await {
-        Ok(Ok(out)) => version(&String::from_utf8_lossy(&out.stdout)).is_some_and(|v| v >= PASSTHROUGH_SINCE),
-        _ => false,
+        Ok(Ok(out)) => version(&String::from_utf8_lossy(&out.stdout)),
+        _ => None,
     }
 }
 
-/// Major and minor number of `conmon version X.Y.Z`.
-fn version(text: &str) -> Option<(u32, u32)> {
+/// That of `conmon version X.Y.Z-dev`.
+fn version(text: &str) -> Option<Version> {
     let word = text.lines().next()?.strip_prefix("conmon version ")?.split_whitespace().next()?;
-    let mut numbers = word.split('.').map(|n| n.trim_end_matches(|c: char| !c.is_ascii_digit()).parse());
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+    let mut numbers = word.split('.').map(|n| n.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
+    Some((numbers.next()??, numbers.next()??, numbers.next().flatten().unwrap_or(0)))
 }
 
 #[cfg(test)]
@@ -413,18 +422,22 @@ mod tests {
             dir: Path::new("/d"),
             runtime_root: Path::new("/r"),
             log: None,
+            log_bound: None,
             timeout: Some(7),
         };
         let text = line(args.arguments(&handler()));
         assert!(text.starts_with("--api-version --sync -c c -u e "), "{text}");
         assert!(text.ends_with("-p /d/pid -e --exec-process-spec /d/process.json -l passthrough -T 7"), "{text}");
         assert!(!text.contains(" -b ") && !text.contains("--exit-dir"), "{text}");
+        let text = line(ExecArgs { log: Some(Path::new("/d/log")), log_bound: Some(99), ..args }.arguments(&handler()));
+        assert!(text.ends_with(" -l k8s-file:/d/log --log-global-size-max 99 -T 7"), "{text}");
     }
 
     #[test]
     fn versions_are_read_as_monitors_print_them() {
-        assert_eq!(version("conmon version 2.1.6\ncommit: unknown\n"), Some((2, 1)));
-        assert_eq!(version("conmon version 2.0.30-dev\n"), Some((2, 0)));
+        assert_eq!(version("conmon version 2.1.6\ncommit: unknown\n"), Some((2, 1, 6)));
+        assert_eq!(version("conmon version 2.0.30-dev\n"), Some((2, 0, 30)));
+        assert_eq!(version("conmon version 2.2"), Some((2, 2, 0)));
         assert_eq!(version("runc version 1.1.5"), None);
         assert!(version("conmon version 10.0.0").is_some_and(|v| v >= PASSTHROUGH_SINCE));
     }

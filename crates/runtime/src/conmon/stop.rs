@@ -1,4 +1,4 @@
-//! A pod is stopped: its containers, then its bundle, on to the end whatever fails.
+//! A pod is stopped: its containers, each whatever becomes of the others, then its bundle.
 
 use super::Inner;
 use crate::bundle::{self, blocking};
@@ -14,8 +14,11 @@ impl Inner {
             all.spawn(async move { inner.end_task(&pod, &container, "the end of its pod").await });
         }
         let mut errors: Vec<Error> = all.join_all().await.into_iter().filter_map(Result::err).collect();
-        let dir = self.layout.pod(id);
-        errors.extend(blocking(move || bundle::remove_pod(&dir)).await.err());
+        // The bundle leads the next attempt to what could not be ended.
+        if errors.is_empty() {
+            let dir = self.layout.pod(id);
+            errors.extend(blocking(move || bundle::remove_pod(&dir)).await.err());
+        }
         if errors.is_empty() {
             self.pods().remove(id);
         }

@@ -186,14 +186,16 @@ impl Inner {
         if task.exit().is_some() {
             return Ok(());
         }
-        let Some(live) = task.live() else {
+        let live = task.live().or_else(|| {
             *task.killed() = Some((signal, why.to_string()));
             // Still being created: what can be ended of it is the attempt.
             if signal == Signal::KILL {
                 task.cancel.notify_one();
             }
-            return Ok(());
-        };
+            // Nobody takes that from an attempt that has succeeded meanwhile.
+            task.live()
+        });
+        let Some(live) = live else { return Ok(()) };
         if live.init.as_ref().is_none_or(Process::has_ended) {
             return Ok(());
         }
@@ -298,8 +300,7 @@ impl Inner {
         Ok(())
     }
 
-    /// The runtime's delete, the monitor, mounts and files; on to the end whatever
-    /// fails.
+    /// The runtime's delete and the monitor; then mounts and files.
     pub(super) async fn free(&self, pod: &str, task: &Task) -> Result<()> {
         let (id, dir) = (&task.id, self.bundle(pod, &task.id));
         let mut errors = Vec::new();
@@ -308,8 +309,11 @@ impl Inner {
             _ => {}
         }
         self.end_monitor(id, &task.record, task.monitor().as_deref()).await;
-        errors.extend(self.exits.forget(id).err());
-        errors.extend(blocking(move || forget_mounts(&dir)).await.err());
+        // Its files lead the next attempt to a container that the runtime has not deleted.
+        if errors.is_empty() {
+            errors.extend(self.exits.forget(id).err());
+            errors.extend(blocking(move || forget_mounts(&dir)).await.err());
+        }
         Error::join(&format!("delete container {id}"), errors)
     }
 

@@ -96,6 +96,9 @@ impl Inner {
                 }
                 () = ended(monitor) => return self.without_monitor(task, live, known).await,
                 () = at(deadline) => {
+                    if let Some(exit) = self.exits.look(&task.id) {
+                        return Found::File(exit);
+                    }
                     let status = known.or_else(|| init.and_then(Process::status));
                     let reason = format!("the monitor has told no exit status {EXIT_BOUND:?} after the process's end");
                     return Found::Nothing { status: task.of_death(status), reason };

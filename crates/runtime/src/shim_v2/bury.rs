@@ -7,10 +7,11 @@ use super::pod::Pod;
 use super::task::{self, Task};
 use crate::api::SandboxKind;
 use crate::bundle::{self, blocking};
+use crate::ops::step;
 use proto::containerd::task::v3::DeleteResponse;
 use std::sync::Arc;
 use tokio::task::JoinSet;
-use types::{Certificate, Error, ExitStatus};
+use types::{Certificate, Error, ErrorKind, ExitStatus, ResultExt};
 
 /// Cleans up after a dead shim: ends and reports each of its tasks.
 pub(super) async fn bury(inner: &Arc<Inner>, pod: &Arc<Pod>, bootstrap: &Bootstrap) {
@@ -19,8 +20,8 @@ pub(super) async fn bury(inner: &Arc<Inner>, pod: &Arc<Pod>, bootstrap: &Bootstr
     for task in tasks {
         let (inner, pod) = (inner.clone(), pod.clone());
         all.spawn(async move {
-            let certificate = inner.bury_task(&pod.id, &task.id).await;
-            inner.ended(&pod, &task, certificate);
+            let buried = inner.bury_task(&pod.id, &task.id).await;
+            inner.ended(&pod, &task, buried.certificate);
         });
     }
     all.join_all().await;
@@ -41,10 +42,18 @@ pub(super) async fn created(id: &str, bound: std::time::Duration) -> bool {
     any
 }
 
+/// What became of a task of a dead shim.
+pub(super) struct Buried {
+    /// How it ended.
+    pub(super) certificate: Certificate,
+    /// Why something of it may live on, or stays.
+    pub(super) left: Option<Error>,
+}
+
 impl Inner {
     /// Runs `delete` for one task of a dead shim, and says how the task ended:
     /// as its bundle knows, else as `delete` answers (137), else 255.
-    pub(super) async fn bury_task(self: &Arc<Self>, pod: &str, id: &str) -> Certificate {
+    pub(super) async fn bury_task(self: &Arc<Self>, pod: &str, id: &str) -> Buried {
         let dir = self.layout.task(pod, id);
         let handler = self.handler_of(pod).await;
         if let Ok(handler) = &handler
@@ -64,6 +73,7 @@ impl Inner {
         };
         let foreign = handler.as_ref().is_ok_and(|h| !h.bears_our_name());
         let now = crate::now();
+        let mut left = None;
         let (status, exited_at) = match answer {
             Ok(reply) => {
                 let at = reply.exited_at.and_then(|t| task::time(&t)).unwrap_or(now);
@@ -72,7 +82,7 @@ impl Inner {
             Err(e) => {
                 tracing::warn!(pod, container = id, error = %e, "the shim's delete failed");
                 if let Ok(handler) = &handler {
-                    self.runtime_delete(handler, id).await;
+                    left = self.runtime_delete(handler, id).await.err();
                 }
                 (ExitStatus::Unknown(255), now)
             }
@@ -85,7 +95,7 @@ impl Inner {
             killed_by: Some("the death of the pod's shim".into()),
             peak_memory: None,
         };
-        blocking(move || {
+        let certificate = blocking(move || {
             if !dir.exists() {
                 return Ok(ours);
             }
@@ -105,7 +115,8 @@ impl Inner {
             oom_cgroup: None,
             killed_by: None,
             peak_memory: None,
-        })
+        });
+        Buried { certificate, left }
     }
 
     /// Ends a shim whose bundle is gone, and what the OCI runtime still knows by this id.
@@ -119,7 +130,7 @@ impl Inner {
         for handler in &self.cfg.handlers {
             let known = handler.runtime_root.join(&self.cfg.namespace).join(id);
             if known.exists() && known.starts_with(&self.cfg.state) {
-                self.runtime_delete(handler, id).await;
+                self.runtime_delete(handler, id).await?;
                 if known.exists() {
                     return Err(Error::internal(format!("the OCI runtime does not delete {}", known.display())));
                 }
@@ -128,8 +139,9 @@ impl Inner {
         Ok(())
     }
 
-    /// The last means: the OCI runtime itself, where the shim's `delete` failed.
-    async fn runtime_delete(&self, handler: &Handler, id: &str) {
+    /// The last means: the OCI runtime itself, where the shim's `delete` failed. It takes
+    /// no offence at a container that it does not know.
+    async fn runtime_delete(&self, handler: &Handler, id: &str) -> Result<(), Error> {
         let run = tokio::process::Command::new(&handler.runtime_binary)
             .arg("--root")
             .arg(handler.runtime_root.join(&self.cfg.namespace))
@@ -137,15 +149,17 @@ impl Inner {
             .stdin(std::process::Stdio::null())
             .kill_on_drop(true)
             .output();
-        match tokio::time::timeout(handler.timeouts.cleanup, run).await {
-            Ok(Ok(out)) if out.status.success() => {}
-            Ok(Ok(out)) => tracing::warn!(
-                container = id,
-                stderr = %String::from_utf8_lossy(&out.stderr).trim(),
-                "the OCI runtime's delete --force failed"
-            ),
-            Ok(Err(e)) => tracing::warn!(container = id, error = %e, "the OCI runtime can't be run"),
-            Err(_) => tracing::warn!(container = id, "the OCI runtime's delete --force took too long"),
+        let what = || format!("{} delete --force {id}", handler.runtime_binary.display());
+        let bound = handler.timeouts.cleanup;
+        match step(format!("'{}'", what()), tokio::time::timeout(bound, run)).await {
+            Ok(Ok(out)) if out.status.success() => Ok(()),
+            Ok(Ok(out)) => {
+                let said = String::from_utf8_lossy(&out.stderr);
+                Err(Error::internal(format!("{}: {}: {}", what(), out.status, said.trim())))
+            }
+            Ok(Err(e)) => Err(e).context_kind(ErrorKind::FailedPrecondition, what),
+            Err(_) => Err(Error::deadline(format!("{} took longer than {bound:?} and was killed", what()))),
         }
+        .inspect_err(|e| tracing::warn!(container = id, error = %e, "the OCI runtime does not delete it"))
     }
 }

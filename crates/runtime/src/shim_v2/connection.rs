@@ -13,6 +13,7 @@ use crate::ops::step;
 use bytes::{Buf, BufMut};
 use hyper_util::rt::TokioIo;
 use proto::ttrpc_glue::{Caller, status};
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -41,6 +42,10 @@ pub(crate) enum Connection {
 impl Connection {
     /// A plain connect first, so that a dead socket fails at once; one whose backlog
     /// is full fails, too, and holds up no thread.
+    ///
+    /// # Errors
+    /// `Unavailable` where nobody listens, which is the shim's death; anything else is
+    /// no word of that.
     pub(crate) async fn dial(bootstrap: &Bootstrap) -> Result<Self> {
         let endpoint = format!("{}+{}", bootstrap.protocol, bootstrap.address);
         let what = || format!("connect to the shim at {endpoint}");
@@ -53,8 +58,13 @@ impl Connection {
         };
         let dialled = tokio::time::timeout(DIAL, UnixStream::connect(path)).await;
         let stream = match dialled {
-            Ok(stream) => stream.context_kind(ErrorKind::Unavailable, what)?,
-            Err(_) => return Err(Error::unavailable(format!("{}: no answer within {DIAL:?}", what()))),
+            Ok(stream) => stream.map_err(|e| {
+                let nobody = matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+                // Too many descriptors, or a full backlog, are no death.
+                let kind = if nobody { ErrorKind::Unavailable } else { ErrorKind::ResourceExhausted };
+                Error::new(kind, what()).because(e)
+            })?,
+            Err(_) => return Err(Error::deadline(format!("{}: no answer within {DIAL:?}", what()))),
         };
         if bootstrap.is_grpc() {
             Ok(Self::Grpc(channel(Path::new(path), stream)))

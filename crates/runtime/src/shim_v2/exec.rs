@@ -27,6 +27,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use stdio::Capped;
 use tokio::sync::{SemaphorePermit, oneshot};
@@ -46,6 +47,8 @@ struct Exec {
     container: String,
     id: String,
     dir: PathBuf,
+    /// Its Delete has failed.
+    stays: AtomicBool,
 }
 
 /// Why the command is not waited for any longer.
@@ -76,7 +79,9 @@ impl Inner {
         let mut id = types::new_id()?;
         id.truncate(ID_LENGTH);
         let dir = self.layout.exec(&pod.id, container, &id);
-        let exec = Exec { inner: self.clone(), pod, shim, container: container.to_string(), id, dir };
+        let container_id = container.to_string();
+        let exec =
+            Exec { inner: self.clone(), pod, shim, container: container_id, id, dir, stays: AtomicBool::default() };
         // Before anything is done for it: what many execs at once do on threads of
         // their own would keep the CPUs from the daemon's other calls.
         let begun = Instant::now();
@@ -87,6 +92,9 @@ impl Inner {
             Ok(readers) => exec.run(spec, readers, begun, permit, caller).await,
             Err(e) => Err(e),
         };
+        if exec.stays.load(Ordering::Relaxed) {
+            return out;
+        }
         let d = exec.dir.clone();
         if let Err(e) = blocking(move || bundle::remove_tree(&d)).await {
             tracing::warn!(container, error = %e, "the FIFOs of an exec stay behind");
@@ -345,8 +353,10 @@ impl Exec {
             Ok(_) | Err(Fault::Closed) => {}
             Err(e) if e.is_not_found() => {}
             Err(e) => {
+                // Its directory leads the next daemon to it.
+                self.stays.store(true, Ordering::Relaxed);
                 let e = e.within(&self.what("delete"), bound);
-                tracing::warn!(error = %e, "an exec stays in the shim");
+                tracing::warn!(error = %e, "an exec stays in the shim until its container ends");
             }
         }
     }
@@ -397,8 +407,12 @@ impl Inner {
                 container: container.to_string(),
                 id,
                 dir: dir.clone(),
+                stays: AtomicBool::default(),
             };
             exec.kill_and_delete().await;
+            if exec.stays.load(Ordering::Relaxed) {
+                continue;
+            }
             if let Err(e) = blocking(move || bundle::remove_tree(&dir)).await {
                 tracing::warn!(container, error = %e, "the FIFOs of an old exec stay behind");
             }

@@ -182,7 +182,7 @@ impl Inner {
         }
         let known = self.is_known_to_runtime(&pod.id, id).await;
         let made = !bundle::is_condemned(&dir) && (known || bundle::certificate(&dir).is_some());
-        let certificate = self.bury_task(&pod.id, id).await;
+        let certificate = self.bury_task(&pod.id, id).await.certificate;
         if wanted && made {
             return pod.update(|s| {
                 let task = s.tasks.entry(id.to_string()).or_insert_with(|| Arc::new(Task::new(id)));

@@ -50,8 +50,12 @@ impl Shim {
         let Some(raw) = raw else {
             return Err(Error::internal(format!("{}: it says that its pid is {pid}", what())));
         };
-        let fd = pidfd_open(raw, PidfdFlags::empty())
-            .context_kind(types::ErrorKind::Unavailable, || format!("{}: its process {pid} is gone", what()))?;
+        let fd = match pidfd_open(raw, PidfdFlags::empty()) {
+            Err(rustix::io::Errno::SRCH) => {
+                return Err(Error::unavailable(format!("{}: its process {pid} is gone", what())));
+            }
+            other => other.context(|| format!("{}: hold its process {pid}", what()))?,
+        };
         let process = stdio::watch(fd, Interest::READABLE).context(|| format!("{}: watch process {pid}", what()))?;
         Ok(Self { pod: pod.to_string(), pid, features, bootstrap, handler, process, connection: Mutex::new(client) })
     }

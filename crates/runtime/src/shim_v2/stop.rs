@@ -66,7 +66,13 @@ impl Inner {
         let mut buried = true;
         if let Some(shim) = &shim {
             fault::around(Step::ShimEndTasks, self.end_tasks(pod, shim)).await;
-            buried = fault::around(Step::ShimShutdown, self.shut_down(shim)).await;
+            buried = match fault::around(Step::ShimShutdown, self.shut_down(shim)).await {
+                Ok(killed) => killed,
+                Err(e) => {
+                    errors.push(e);
+                    true
+                }
+            };
         }
         if buried {
             kill_strays(&dir, &pod.id).await;
@@ -75,9 +81,10 @@ impl Inner {
             // Nothing is left of tasks that ended in order; the rest died with
             // the shim.
             if buried || pod.task(&id).is_some() {
-                let certificate = self.bury_task(&pod.id, &id).await;
+                let buried = self.bury_task(&pod.id, &id).await;
+                errors.extend(buried.left);
                 if let Some(task) = pod.task(&id) {
-                    self.ended(pod, &task, certificate);
+                    self.ended(pod, &task, buried.certificate);
                     pod.update(|s| s.tasks.remove(&id));
                 }
             }
@@ -85,7 +92,10 @@ impl Inner {
         if let Some(shim) = &shim {
             bundle::remove_socket(&shim.bootstrap.address);
         }
-        if let Err(e) = blocking(move || fault::during(Step::ShimUnbundle, || bundle::remove_pod(&dir))).await {
+        // The bundle leads the next attempt to what could not be ended.
+        if errors.is_empty()
+            && let Err(e) = blocking(move || fault::during(Step::ShimUnbundle, || bundle::remove_pod(&dir))).await
+        {
             errors.push(e);
         }
         errors
@@ -118,7 +128,10 @@ impl Inner {
     }
 
     /// Shuts the shim down and awaits its end. True where it had to be killed.
-    async fn shut_down(&self, shim: &Arc<Shim>) -> bool {
+    ///
+    /// # Errors
+    /// `DeadlineExceeded` where even that does not end it.
+    async fn shut_down(&self, shim: &Arc<Shim>) -> Result<bool> {
         let bound = shim.timeouts().shutdown;
         if shim.handler.sandbox == SandboxKind::Shim {
             self.shut_sandbox_down(shim).await;
@@ -132,13 +145,14 @@ impl Inner {
             }
         }
         if tokio::time::timeout(bound, shim.exited()).await.is_ok() {
-            return false;
+            return Ok(false);
         }
         tracing::warn!(pod = shim.pod, pid = shim.pid, "the shim did not end within {bound:?} and is killed");
         shim.kill();
         if tokio::time::timeout(AFTER_KILL, shim.exited()).await.is_err() {
-            tracing::error!(pod = shim.pod, pid = shim.pid, "the shim does not die of SIGKILL");
+            return Err(Error::deadline(format!("the shim, process {}, does not die of SIGKILL", shim.pid))
+                .hint("it is probably stuck in the kernel: look for state D in ps"));
         }
-        true
+        Ok(true)
     }
 }

@@ -332,9 +332,9 @@ impl Inner {
         if !self.delete_in_shim(&entry, id, task.as_deref()).await? && dir.exists() {
             // No shim: what is not recorded yet ended with it.
             if task.as_ref().is_none_or(|t| t.exit().is_none()) {
-                let certificate = self.bury_task(pod, id).await;
+                let buried = self.bury_task(pod, id).await;
                 if let Some(task) = &task {
-                    self.ended(&entry, task, certificate);
+                    self.ended(&entry, task, buried.certificate);
                 }
             }
         }
