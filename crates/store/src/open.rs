@@ -173,7 +173,8 @@ fn check(connection: &Connection) -> Result<(), Ill> {
     if found == "ok" { Ok(()) } else { Err(Ill::Damaged(found.replace('\n', " "))) }
 }
 
-/// That each table and column of ours is there; more are a newer release's.
+/// That each table and column of ours is there; more are a newer release's. Such a
+/// release's database without one of ours is no damaged one.
 fn compare(connection: &Connection) -> Result<(), Ill> {
     let columns = |c: &Connection| -> rusqlite::Result<BTreeSet<(String, String)>> {
         c.prepare(
@@ -188,7 +189,22 @@ fn compare(connection: &Connection) -> Result<(), Ill> {
     let theirs = columns(connection).map_err(|e| Ill::of(e, "list its schema"))?;
     match ours.difference(&theirs).next() {
         None => Ok(()),
-        Some((table, column)) => Err(Ill::Damaged(format!("it has no column {column} in a table {table}"))),
+        Some((table, column)) => {
+            let what = format!("it has no column {column} in a table {table}");
+            let version = schema::version(connection).map_err(|e| Ill::of(e, "read the schema's version"))?;
+            if version <= schema::KNOWN {
+                return Err(Ill::Damaged(what));
+            }
+            let path = connection.path().unwrap_or("longshore.db");
+            Err(Ill::Other(
+                Error::precondition(format!(
+                    "the database {path} was written by a newer release: its schema is version {version}, this \
+                     release knows version {}, and {what}",
+                    schema::KNOWN
+                ))
+                .hint("start the newer release again"),
+            ))
+        }
     }
 }
 

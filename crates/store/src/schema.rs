@@ -98,12 +98,19 @@ CREATE INDEX ports_of_pod ON host_ports (pod_id);
 ",
 ];
 
+/// The version that this release brings a database to.
+#[allow(clippy::cast_possible_wrap, reason = "a handful of steps")]
+pub(crate) const KNOWN: i64 = STEPS.len() as i64;
+
+/// The version that a database has.
+pub(crate) fn version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.query_row("PRAGMA user_version", [], |row| row.get(0))
+}
+
 /// Brings `connection`'s schema forward, each step in its own transaction; a failure
 /// comes with what it was about.
 pub(crate) fn migrate(connection: &mut Connection) -> Result<(), (String, rusqlite::Error)> {
-    let version: i64 = connection
-        .query_row("PRAGMA user_version", [], |row| row.get(0))
-        .map_err(|e| ("read the schema's version".into(), e))?;
+    let version = version(connection).map_err(|e| ("read the schema's version".into(), e))?;
     let done = usize::try_from(version).unwrap_or(0);
     for (index, step) in STEPS.iter().enumerate().skip(done) {
         let number = index + 1;
@@ -129,12 +136,26 @@ mod tests {
         migrate(&mut c).unwrap();
         c.execute_batch("ALTER TABLE pods ADD COLUMN colour TEXT DEFAULT 'red'; PRAGMA user_version = 999").unwrap();
         migrate(&mut c).unwrap();
-        let version: i64 = c.query_row("PRAGMA user_version", [], |r| r.get(0)).unwrap();
-        assert_eq!(version, 999);
+        assert_eq!(version(&c).unwrap(), 999);
         c.execute(
             "INSERT INTO pods (id, name_key, created_at_ns, config_json, state_json) VALUES ('a','a',0,'','')",
             [],
         )
         .unwrap();
+    }
+
+    #[test]
+    fn each_older_schema_is_brought_forward_with_what_is_in_it() {
+        for old in 1..STEPS.len() {
+            let mut c = Connection::open_in_memory().unwrap();
+            for (index, step) in STEPS.iter().enumerate().take(old) {
+                one(&mut c, step, index + 1).unwrap();
+            }
+            c.execute_batch("INSERT INTO pods VALUES ('a', 'name', 1, '{}', 'kept')").unwrap();
+            migrate(&mut c).unwrap();
+            assert_eq!(version(&c).unwrap(), KNOWN);
+            let kept: String = c.query_row("SELECT state_json FROM pods WHERE id = 'a'", [], |r| r.get(0)).unwrap();
+            assert_eq!(kept, "kept");
+        }
     }
 }

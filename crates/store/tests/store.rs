@@ -124,6 +124,49 @@ async fn a_damaged_database_is_restored_from_its_copy_and_kept_aside() {
 }
 
 #[tokio::test]
+async fn a_newer_releases_database_is_used_or_refused_but_never_taken_for_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let (db, copies) = (dir.path().join("db"), dir.path().join("state/db"));
+    let file = db.join(FILE_NAME);
+    let store = Store::open_with_copy(&db, &copies).unwrap();
+    store.put_pod(pod("a", "a")).await.unwrap();
+    store.close();
+    sql(
+        &file,
+        "ALTER TABLE pods ADD COLUMN colour TEXT NOT NULL DEFAULT 'red'; UPDATE pods SET colour = 'blue';
+         CREATE TABLE newer (x TEXT); INSERT INTO newer VALUES ('kept'); PRAGMA user_version = 999",
+    );
+    let store = Store::open_with_copy(&db, &copies).unwrap();
+    assert_eq!(store.restored(), None);
+    store.put_pod(pod("b", "b")).await.unwrap();
+    store.update_pod_state("a", "new".into()).await.unwrap();
+    store.close();
+    // From the copy, too, comes all that the newer release has written.
+    overwrite(&file, 0, 4096);
+    let store = Store::open_with_copy(&db, &copies).unwrap();
+    assert!(store.restored().unwrap().complete);
+    assert_eq!(store.pods().await.unwrap().len(), 2);
+    store.close();
+    let words =
+        |query: &str| -> String { Connection::open(&file).unwrap().query_row(query, [], |r| r.get(0)).unwrap() };
+    assert_eq!(words("SELECT group_concat(colour) FROM (SELECT colour FROM pods ORDER BY id)"), "blue,red");
+    assert_eq!(words("SELECT x FROM newer"), "kept");
+    assert_eq!(words("SELECT CAST(user_version AS TEXT) FROM pragma_user_version"), "999");
+
+    let aside = longshore_store::set_aside(&db);
+    sql(&file, "ALTER TABLE pods RENAME COLUMN config_json TO config");
+    let e = Store::open_with_copy(&db, &copies).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::FailedPrecondition);
+    let said = format!("{e}");
+    for part in [&*file.to_string_lossy(), "a newer release", "version 999", "config_json", "start the newer release"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert_eq!(longshore_store::examine(&db).unwrap_err().kind(), ErrorKind::FailedPrecondition);
+    assert_eq!(longshore_store::set_aside(&db), aside, "nothing is put aside");
+    assert_eq!(words("SELECT config FROM pods WHERE id = 'a'"), "{}");
+}
+
+#[tokio::test]
 async fn without_a_copy_an_empty_database_is_begun() {
     let dir = tempfile::tempdir().unwrap();
     let (db, copies) = (dir.path().join("db"), dir.path().join("state/db"));
