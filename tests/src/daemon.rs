@@ -40,6 +40,8 @@ pub struct Daemon {
     config: String,
     /// The network namespace that it runs in; `None` is the test's own.
     netns: Option<PathBuf>,
+    /// Where its binaries are.
+    bin: PathBuf,
     cgroup: String,
     /// Ids of pods that were seen, whose netns may be left.
     seen: Mutex<BTreeSet<String>>,
@@ -58,15 +60,25 @@ impl Daemon {
 
     /// Starts one with a configuration file, on a given directory.
     pub async fn on(root: TempRoot, config: &str) -> Self {
-        Self::at(root, config, None).await
+        Self::at(root, config, None, bin_dir()).await
     }
 
     /// Starts one whose network is the namespace at this path.
     pub async fn in_netns(root: TempRoot, config: &str, netns: &Path) -> Self {
-        Self::at(root, config, Some(netns.to_path_buf())).await
+        Self::at(root, config, Some(netns.to_path_buf()), bin_dir()).await
     }
 
-    async fn at(root: TempRoot, config: &str, netns: Option<PathBuf>) -> Self {
+    /// Starts one whose binaries, and those that it runs, are the ones in `bin`.
+    pub async fn of_binaries(root: TempRoot, config: &str, bin: &Path) -> Self {
+        Self::at(root, config, None, bin.to_path_buf()).await
+    }
+
+    /// Its binaries are in another place from its next start on.
+    pub fn move_to(&mut self, bin: &Path) {
+        self.bin = bin.to_path_buf();
+    }
+
+    async fn at(root: TempRoot, config: &str, netns: Option<PathBuf>, bin: PathBuf) -> Self {
         let cgroup = format!("longshore-e2e-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         ALIVE.fetch_add(1, Ordering::Relaxed);
         std::fs::write(root.join("config.toml"), config).unwrap();
@@ -79,7 +91,7 @@ impl Daemon {
             std::fs::write(root.join("config.toml.d/network.toml"), "[network]\nmode = \"none\"\n").unwrap();
         }
         let config = config.to_string();
-        let mut daemon = Self { root, child: None, config, netns, cgroup, seen: Mutex::default() };
+        let mut daemon = Self { root, child: None, config, netns, bin, cgroup, seen: Mutex::default() };
         daemon.begin().await;
         daemon
     }
@@ -155,7 +167,7 @@ impl Daemon {
 
     /// The command line that serves from its directories.
     pub fn serve(&self) -> Command {
-        let binary = bin_dir().join("longshore");
+        let binary = self.bin.join("longshore");
         let mut command = match &self.netns {
             None => Command::new(binary),
             // Not `ip netns exec`, which would hide our mounts from the node.

@@ -7,7 +7,6 @@ use prost::Message;
 use proto::containerd::events::{TaskExit, TaskOom};
 use proto::cri::*;
 use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use tonic::Code;
@@ -217,47 +216,6 @@ async fn a_shims_own_log_is_in_ours_also_after_a_restart() {
         daemon.begin().await;
     }
     daemon.cri().await.remove_pod(&pod).await.unwrap();
-}
-
-/// A new file in the place of an old one, as a package manager does it; its bytes
-/// differ, what it does is the same.
-fn replace(path: &Path, source: &Path) {
-    let next = path.with_extension("next");
-    std::fs::copy(source, &next).unwrap();
-    std::fs::OpenOptions::new().append(true).open(&next).unwrap().write_all(b"newer").unwrap();
-    std::fs::rename(&next, path).unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn old_pods_go_on_with_their_shim_and_new_ones_get_the_new_binary() {
-    let dir = testkit::TempRoot::new();
-    let shim: PathBuf = dir.join("containerd-shim-longshore-v2");
-    let built = bin_dir().join("containerd-shim-longshore-v2");
-    std::fs::copy(&built, &shim).unwrap();
-    let (mut daemon, cri) = start(&format!("[runtimes.old]\nshim = {shim:?}\n")).await;
-    let before = daemon.footprint();
-    let config = daemon.pod("old");
-    let old = cri.run_pod_by("old", &config).await.unwrap();
-    let main = cri.run(&old, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
-    assert!(daemon.terminate().success());
-    replace(&shim, &built);
-    daemon.begin().await;
-    let cri = daemon.cri().await;
-    let of = |info: &serde_json::Value| exe(u32::try_from(info["shimPid"].as_u64().unwrap()).unwrap());
-    assert!(of(&pod_info(&cri, &old).await).ends_with(" (deleted)"), "the old shim goes on");
-    assert_eq!(cri.exec(&main, &["echo", "on"], 10).await.unwrap().stdout, "on\n");
-    let second = cri.run(&old, &container("second", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
-    cri.stop(&second, 0).await.unwrap();
-    let config = daemon.pod("new");
-    let new = cri.run_pod_by("old", &config).await.unwrap();
-    assert_eq!(of(&pod_info(&cri, &new).await), shim.to_string_lossy(), "a new pod gets the new binary");
-    cri.remove_pod(&new).await.unwrap();
-    // Its end is the new binary's to clean up.
-    let pid = u32::try_from(pod_info(&cri, &old).await["shimPid"].as_u64().unwrap()).unwrap();
-    signal(pid, rustix::process::Signal::KILL);
-    assert_eq!(cri.exited(&main, BOUND).await.exit_code, 137);
-    cri.remove_pod(&old).await.unwrap();
-    daemon.leaves_nothing_but(&before);
 }
 
 /// What an older shim does with an event.

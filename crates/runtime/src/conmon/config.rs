@@ -76,4 +76,20 @@ impl ConmonConfig {
                 .hint("add it to the configuration again, or stop and remove its pods")
         })
     }
+
+    /// With which handler a container that exists goes on: as its bundle says, with
+    /// today's bounds; and with today's binaries, where the old ones are not there any
+    /// more.
+    pub(super) fn today(&self, mut kept: Handler) -> Handler {
+        if let Ok(today) = self.handler(&kept.name) {
+            kept.timeouts = today.timeouts.clone();
+            if !kept.monitor.exists() {
+                kept.monitor.clone_from(&today.monitor);
+            }
+            if !kept.runtime_binary.exists() {
+                kept.runtime_binary.clone_from(&today.runtime_binary);
+            }
+        }
+        kept
+    }
 }

@@ -288,7 +288,7 @@ impl Inner {
 
     /// The handler that began what lies there, else today's default one.
     pub(super) fn handler_of(&self, dir: &Path) -> Option<Handler> {
-        Record::load(dir).map(|r| r.handler).ok().or_else(|| self.cfg.handlers.first().cloned())
+        Record::load(dir).map(|r| self.cfg.today(r.handler)).ok().or_else(|| self.cfg.handlers.first().cloned())
     }
 }
 

@@ -101,7 +101,7 @@ impl Inner {
             return Ok(None);
         }
         let record = match Record::load(&dir) {
-            Ok(record) => record,
+            Ok(record) => Record { handler: self.cfg.today(record.handler), ..record },
             Err(e) => {
                 if !e.is_not_found() {
                     tracing::warn!(container = id, error = %e, "it is taken down");

@@ -155,13 +155,16 @@ impl ShimConfig {
     }
 
     /// With which handler a pod that exists goes on: as its bundle says, with today's
-    /// bounds; and with today's shim, where the old one is not there any more.
+    /// bounds; and with today's binaries, where the old ones are not there any more.
     pub(super) fn handler_of(&self, bundle: &Path) -> Result<Handler> {
         let Some(mut kept) = Handler::load(bundle) else { return self.handler("").cloned() };
         if let Ok(today) = self.handler(&kept.name) {
             kept.timeouts = today.timeouts.clone();
             if !kept.shim.exists() {
                 kept.shim.clone_from(&today.shim);
+            }
+            if !kept.runtime_binary.exists() {
+                kept.runtime_binary.clone_from(&today.runtime_binary);
             }
         }
         Ok(kept)

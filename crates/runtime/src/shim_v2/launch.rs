@@ -38,7 +38,8 @@ struct Answer {
 }
 
 impl Binary {
-    pub(crate) fn new(handler: &Handler, namespace: &str, events: &Path) -> Self {
+    /// `publish` is our own binary, which some shims run to tell of events.
+    pub(crate) fn new(handler: &Handler, namespace: &str, events: &Path, publish: &Path) -> Self {
         let mut ttrpc = events.as_os_str().to_owned();
         ttrpc.push(".ttrpc");
         Self {
@@ -47,7 +48,7 @@ impl Binary {
             grpc_address: events.to_path_buf(),
             // Ours sends none: exits come by Wait.
             ttrpc_address: (!handler.bears_our_name()).then(|| ttrpc.into()),
-            publish: std::env::current_exe().unwrap_or_else(|_| "longshore".into()),
+            publish: publish.to_path_buf(),
         }
     }
 

@@ -63,6 +63,8 @@ pub struct ShimManager {
 struct Inner {
     cfg: ShimConfig,
     layout: Layout,
+    /// Asked for at our start: once the file is replaced, the kernel calls it deleted.
+    own_binary: PathBuf,
     /// Served once the first foreign shim comes up.
     events_served: tokio::sync::OnceCell<()>,
     cgroups: Vec<PathBuf>,
@@ -89,6 +91,7 @@ impl ShimManager {
         let inner = Inner {
             cfg,
             layout,
+            own_binary: std::env::current_exe().unwrap_or_else(|_| "longshore".into()),
             events_served: tokio::sync::OnceCell::new(),
             cgroups,
             events,
@@ -139,7 +142,7 @@ impl Inner {
         {
             tracing::error!(error = %e, "no events of shims: an OOM kill below them will not be told from another");
         }
-        Binary::new(handler, &self.cfg.namespace, &self.layout.events())
+        Binary::new(handler, &self.cfg.namespace, &self.layout.events(), &self.own_binary)
     }
 
     /// With what a pod that exists was begun.
