@@ -27,13 +27,15 @@ build: deps
 demo: build
 	scripts/demo.sh $(BIN)
 
+# Once more with Go's shim: all that is of pods and their containers.
+FOREIGN := --test lifecycle --test exec_sync --test recovery --test crash --test reconcile --test damage \
+  --test errors --test security --test cli --test volumes --test doctor
 # Once more with a monitor per container: Debian's conmon, and ours.
 MONITORED := --test lifecycle --test exec_sync --test recovery
 
 test: deps-test build
 	LONGSHORE_BIN_DIR=$(BIN) $(CARGO) test --workspace
-	LONGSHORE_BIN_DIR=$(BIN) LONGSHORE_TEST_HANDLER=go-shim $(CARGO) test -p longshore-tests \
-	  --test lifecycle --test recovery --test exec_sync
+	LONGSHORE_BIN_DIR=$(BIN) LONGSHORE_TEST_HANDLER=go-shim $(CARGO) test -p longshore-tests $(FOREIGN)
 	LONGSHORE_BIN_DIR=$(BIN) LONGSHORE_TEST_HANDLER=conmon $(CARGO) test -p longshore-tests $(MONITORED)
 	LONGSHORE_BIN_DIR=$(BIN) LONGSHORE_TEST_HANDLER=longshore-conmon $(CARGO) test -p longshore-tests $(MONITORED)
 	LONGSHORE_TEST_CONMON=$(BIN)/longshore-conmon $(CARGO) test -p longshore-runtime --test conmon --test conmon_exec

@@ -42,6 +42,13 @@ pub(crate) fn place(dirs: &[PathBuf], pid: u32) {
     }
 }
 
+/// Whether a process is in `cgroup` in every hierarchy, as it says itself: moving it
+/// once more would cost more than to ask.
+pub(crate) fn is_placed(cgroup: &str, pid: u32) -> bool {
+    // Without a cgroup namespace the path has what our own mounts begin with before it.
+    fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.lines().all(|l| l.ends_with(cgroup)))
+}
+
 /// Removes `cgroup` and those that it was made in from every hierarchy, as far as
 /// they are empty: the kernel refuses the others.
 pub(crate) fn release(cgroup: &str) {

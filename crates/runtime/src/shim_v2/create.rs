@@ -221,11 +221,9 @@ impl Inner {
                 Ok(_) => {}
                 // The shim has undone its own failure.
                 Err(f) if f.is_not_found() && e.kind() != ErrorKind::DeadlineExceeded => {}
-                Err(_) => {
-                    if let Err(e) = self.binary(&shim.handler).await.delete(dir, id, bound).await {
-                        tracing::warn!(container = id, error = %e, "undo a failed create");
-                    }
-                }
+                // What a foreign shim had begun ends first: its call of the OCI runtime may
+                // outlive it, or have been killed half-way with it.
+                Err(_) => drop(self.bury_task(&shim.pod, id).await),
             }
         }
         let d = dir.to_path_buf();

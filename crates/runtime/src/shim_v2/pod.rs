@@ -4,7 +4,7 @@ use super::Inner;
 use super::bury::bury;
 use super::launch;
 use super::shim::Shim;
-use super::start::{launch_pod, load};
+use super::start::{launch_pod, load, place};
 use super::task::Task;
 use crate::api::{PodProcess, PodSpec, RuntimeEvent};
 use std::collections::HashMap;
@@ -133,11 +133,7 @@ impl Pod {
         }
         let guard = StartGuard { pod: self, armed: true };
         let (shim, log) = match (load(inner, &self.id).await?, spec) {
-            (Some(shim), _) => {
-                let log = launch::open_log(&inner.layout.pod(&self.id))
-                    .inspect_err(|e| tracing::warn!(pod = self.id, error = %e, "the shim's log is lost"));
-                (Arc::new(shim), log.ok())
-            }
+            (Some((shim, log)), _) => (Arc::new(shim), log),
             (None, Some(spec)) => {
                 let (shim, log) = launch_pod(inner, spec).await?;
                 (Arc::new(shim), Some(log))
@@ -145,6 +141,7 @@ impl Pod {
             (None, None) => return Err(Error::not_found(format!("pod {} has no shim", self.id))),
         };
         guard.done(&shim);
+        place(inner, shim.pid);
         watch_shim(inner, self, &shim, log);
         inner.adopt(self, &shim).await;
         Ok(shim)
@@ -172,12 +169,17 @@ impl Drop for StartGuard<'_> {
     }
 }
 
-/// Follows the shim's log and its process.
-fn watch_shim(inner: &Arc<Inner>, pod: &Arc<Pod>, shim: &Arc<Shim>, log: Option<Receiver>) {
+/// Copies the shim's log into ours until it ends.
+pub(super) fn follow_log(shim: &Arc<Shim>, log: Option<Receiver>) {
     if let Some(log) = log {
         let shim = shim.clone();
-        tokio::spawn(launch::copy_log(pod.id.clone(), log, async move { shim.exited().await }));
+        tokio::spawn(launch::copy_log(shim.pod.clone(), log, async move { shim.exited().await }));
     }
+}
+
+/// Follows the shim's log and its process.
+fn watch_shim(inner: &Arc<Inner>, pod: &Arc<Pod>, shim: &Arc<Shim>, log: Option<Receiver>) {
+    follow_log(shim, log);
     let (inner, pod, shim) = (inner.clone(), pod.clone(), shim.clone());
     tokio::spawn(async move {
         shim.exited().await;

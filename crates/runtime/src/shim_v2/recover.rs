@@ -4,7 +4,7 @@
 //! bounds; what fails is that pod's result alone.
 
 use super::Inner;
-use super::config::Timeouts;
+use super::config::{Handler, Timeouts};
 use super::pod::Pod;
 use super::rpc::{Fault, call};
 use super::shim::Shim;
@@ -14,7 +14,7 @@ use crate::bundle::{self, blocking};
 use crate::detach::{visit_containers, visit_pods};
 use proto::containerd::task::v3 as wire;
 use std::sync::Arc;
-use types::{ErrorKind, Result};
+use types::{ErrorKind, ExitStatus, Result};
 
 /// After so long a Wait that was refused has been answered.
 const SETTLED: std::time::Duration = std::time::Duration::from_millis(500);
@@ -96,6 +96,14 @@ impl Inner {
         handler.runtime_root.join(&self.cfg.namespace).join(id).exists()
     }
 
+    /// Whether what has ended with 1 is the OCI runtime's own init, which had not become
+    /// the command yet. Go's shim kills its call of `start` when the connection that asked
+    /// for it breaks, and an init that meets nobody at its FIFO any more gives up. The
+    /// runtime removes that FIFO when a start has gone through.
+    fn never_ran(&self, handler: &Handler, id: &str) -> bool {
+        handler.runtime_root.join(&self.cfg.namespace).join(id).join("exec.fifo").exists()
+    }
+
     /// Takes down what counts as never made, or belongs to no record.
     pub(super) async fn undo(self: &Arc<Self>, pod: &Arc<Pod>, shim: &Arc<Shim>, id: &str) -> Result<()> {
         self.condemn_task(&pod.id, id).await?;
@@ -132,6 +140,15 @@ impl Inner {
             }
             Err(e) => return Err(e),
         };
+        if let TaskState::Stopped(end) = &state
+            && end.status == ExitStatus::Code(1)
+            && !shim.own()
+            && self.never_ran(&shim.handler, id)
+        {
+            tracing::info!(pod = pod.id, container = id, "its start was broken off with the daemon that asked for it");
+            self.undo(pod, shim, id).await?;
+            return Ok(None);
+        }
         if let Some(task) = pod.task(id)
             && !matches!(state, TaskState::Stopped(_))
             && !shim.is_sandbox(id)

@@ -16,9 +16,9 @@ use types::{Error, ErrorKind, Result};
 /// How long the death of a shim is awaited after SIGKILL.
 pub(super) const AFTER_KILL: Duration = Duration::from_secs(2);
 
-/// Connects to the shim that the pod's bundle names. `None` where it names none,
-/// or one that is dead; then what it left is cleaned up.
-pub(super) async fn load(inner: &Arc<Inner>, pod: &str) -> Result<Option<Shim>> {
+/// Connects to the shim that the pod's bundle names, and opens its log. `None` where it
+/// names none, or one that is dead; then what it left is cleaned up.
+pub(super) async fn load(inner: &Arc<Inner>, pod: &str) -> Result<Option<(Shim, Option<Receiver>)>> {
     let dir = inner.layout.pod(pod);
     let d = dir.clone();
     let Some(bootstrap) = blocking(move || Bootstrap::load(&d)).await? else { return Ok(None) };
@@ -26,8 +26,11 @@ pub(super) async fn load(inner: &Arc<Inner>, pod: &str) -> Result<Option<Shim>> 
     if !handler.bears_our_name() {
         inner.binary(&handler).await;
     }
+    // Before anything is asked: Go's shim opens its log before it serves, and waits there
+    // for a reader where the daemon that began it has died.
+    let log = launch::open_log(&dir).inspect_err(|e| tracing::warn!(pod, error = %e, "the shim's log is lost"));
     match Shim::connect(pod, bootstrap.clone(), handler).await {
-        Ok(shim) => Ok(Some(shim)),
+        Ok(shim) => Ok(Some((shim, log.ok()))),
         Err(e) if e.kind() == ErrorKind::Unavailable => {
             tracing::info!(pod, reason = %e, "the pod's shim is dead");
             Bootstrap::forget(&dir);
@@ -61,14 +64,7 @@ pub(super) async fn launch_pod(inner: &Arc<Inner>, spec: &PodSpec) -> Result<(Sh
         Ok((shim?, log))
     };
     match started.await {
-        Ok((shim, log)) => {
-            if !inner.cgroups.is_empty() {
-                let (inner, pid) = (inner.clone(), shim.pid);
-                // Not awaited: moving a process waits for an RCU grace period.
-                tokio::task::spawn_blocking(move || crate::cgroup::place(&inner.cgroups, pid));
-            }
-            Ok((shim, log))
-        }
+        Ok(started) => Ok(started),
         Err(e) => {
             let mut errors = vec![e];
             errors.extend(undo_launch(inner, &spec.id, &dir).await);
@@ -79,6 +75,19 @@ pub(super) async fn launch_pod(inner: &Arc<Inner>, spec: &PodSpec) -> Result<(Sh
             }
         }
     }
+}
+
+/// Moves a shim into the shims' cgroup, where it is not there yet: the daemon that
+/// began it may have died before it came to that.
+pub(super) fn place(inner: &Arc<Inner>, pid: u32) {
+    let Some(cgroup) = inner.cfg.shim_cgroup.clone().filter(|_| !inner.cgroups.is_empty()) else { return };
+    let inner = inner.clone();
+    // Not awaited: moving a process waits for an RCU grace period.
+    tokio::task::spawn_blocking(move || {
+        if !crate::cgroup::is_placed(&cgroup, pid) {
+            crate::cgroup::place(&inner.cgroups, pid);
+        }
+    });
 }
 
 /// After a failed start: no shim and no bundle stays, but the bundles of tasks

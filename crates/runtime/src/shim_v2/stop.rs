@@ -2,7 +2,7 @@
 //! to the end whatever fails.
 
 use super::Inner;
-use super::pod::{Phase, Pod, Turn};
+use super::pod::{Phase, Pod, Turn, follow_log};
 use super::rpc::{Fault, call};
 use super::shim::Shim;
 use super::start::{AFTER_KILL, kill_strays, load};
@@ -34,7 +34,11 @@ impl Inner {
             None => return Ok(()),
             Some(Phase::Up(shim)) => Some(shim),
             Some(_) => match load(self, id).await {
-                Ok(shim) => shim.map(Arc::new),
+                Ok(found) => found.map(|(shim, log)| {
+                    let shim = Arc::new(shim);
+                    follow_log(&shim, log);
+                    shim
+                }),
                 Err(e) => {
                     tracing::warn!(pod = id, error = %e, "the pod's shim does not answer");
                     None
