@@ -6,7 +6,7 @@ mod common;
 
 use common::monitored::{Monitored, names};
 use common::{alive, eventually};
-use longshore_runtime::{ExecSyncSpec, Runtime};
+use longshore_runtime::{ExecSyncSpec, Operation, Runtime};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 use types::{ErrorKind, ExitStatus};
@@ -188,6 +188,13 @@ fn a_command_that_never_started_is_no_success() {
     }
 }
 
+/// A command runs before the daemon has been told so: what is killed in between fails
+/// its start.
+fn until_the_daemon_knows(node: &Monitored) {
+    let told = |o: &Operation| o.waits_for.iter().any(|(what, _)| what == "the command's end");
+    eventually("the daemon knows that it runs", || node.m().operations().iter().any(told));
+}
+
 #[test]
 fn an_exec_of_a_daemon_that_died_is_killed_by_the_next() {
     let mut node = Monitored::new();
@@ -196,6 +203,7 @@ fn an_exec_of_a_daemon_that_died_is_killed_by_the_next() {
     let (m, spec) = (node.m().clone(), node.exec(&["sleep", "325"]));
     let exec = node.spawn(async move { m.exec_sync("p", "c", spec).await });
     eventually("it runs", || node.processes().len() >= before.len() + 2);
+    until_the_daemon_knows(&node);
     let new: Vec<u32> = node.processes().into_iter().filter(|p| !before.contains(p)).collect();
     drop(exec);
     node.die();
@@ -215,6 +223,7 @@ fn a_monitor_that_dies_is_an_error_with_all_that_is_known() {
         let line = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let find = |part: &str| node.processes().into_iter().find(|p| line(p).contains(part));
         eventually("it runs", || find("sleep\x00326").is_some());
+        until_the_daemon_knows(&node);
         let dirs = || std::fs::read_dir(node.bundle("p", "c").join("execs")).unwrap().flatten();
         // Where a log stands between, what the monitor hasn't read yet goes with it.
         let log = dirs().map(|d| d.path().join("log")).find(|log| log.exists());
