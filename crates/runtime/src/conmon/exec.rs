@@ -39,6 +39,8 @@ use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
 
 /// How much of a random id names an exec.
 const ID_LENGTH: usize = 16;
+/// How long what a dead command has written is read, where others may hold its streams.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// One command, from its directory to its end.
 struct Exec {
@@ -281,7 +283,7 @@ impl Exec {
     async fn say_why(&self, e: Error, pipes: Option<Pipes>) -> Error {
         let Some(pipes) = pipes.filter(|_| e.kind() == ErrorKind::Internal) else { return e };
         let mut said = Capped::new(4096);
-        let _ = tokio::time::timeout(Duration::from_secs(1), stdio::collect(pipes.err, &mut said)).await;
+        let _ = tokio::time::timeout(LAST_WORDS, stdio::collect(pipes.err, &mut said)).await;
         let text = String::from_utf8_lossy(said.kept()).into_owned();
         match text.lines().map(str::trim).rfind(|l| !l.is_empty()) {
             Some(words) => e.hint(format!("it said {words:?}")),
@@ -298,7 +300,7 @@ impl Exec {
         caller: &mut oneshot::Receiver<()>,
     ) -> Result<ExecOutput> {
         let (mut stdout, mut stderr) = (Capped::new(spec.keep), Capped::new(spec.keep));
-        let (turn, drained) = {
+        let (turn, drained, status) = {
             let mut io = pin!(async {
                 let both = tokio::join!(stdio::collect(pipes.out, &mut stdout), stdio::collect(pipes.err, &mut stderr));
                 both.0.and(both.1)
@@ -324,7 +326,18 @@ impl Exec {
                     break Turn::Exited(status);
                 }
             };
-            (turn, drained)
+            let status = match &turn {
+                Turn::Exited(_) | Turn::Held => None,
+                // It dies before the answer; what it has said until then is told.
+                Turn::Late(_) | Turn::CallerGone | Turn::Lost(_) => {
+                    let status = self.kill(started, process).await;
+                    if drained.is_none() && matches!(turn, Turn::Lost(_)) {
+                        let _ = tokio::time::timeout(LAST_WORDS, io.as_mut()).await;
+                    }
+                    status
+                }
+            };
+            (turn, drained, status)
         };
         match turn {
             Turn::Exited(status) => match drained {
@@ -336,11 +349,7 @@ impl Exec {
                 }),
             },
             Turn::Held => Err(self.held(spec, pipes.nodes).await),
-            other => {
-                // Late or lost, it dies before the answer.
-                let status = self.kill(started, process).await;
-                Err(self.error(other, status, (stdout.kept(), stderr.kept())))
-            }
+            other => Err(self.error(other, status, (stdout.kept(), stderr.kept()))),
         }
     }
 
