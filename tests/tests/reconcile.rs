@@ -249,6 +249,9 @@ async fn leftovers_are_removed_while_pods_come_and_go_and_what_is_not_ours_stays
     let config = daemon.pod("stays");
     let pod = cri.run_pod(&config).await.unwrap();
     let main = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
+    let pid = pid_of(&cri, &main).await;
+    // Until then the footprint would know it as runc's init.
+    wait_for("it is the command", BOUND, || command_line(pid) == "sleep 100000");
     let before = daemon.footprint();
     let mut foreign = Foreign::make(&daemon);
     let precious = daemon.dir().join("precious");
