@@ -59,7 +59,8 @@ fn print(bytes: impl AsRef<[u8]>) -> Result<()> {
 fn runtime() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(2)
+        // One that hangs, in a mount of a dead server say, must leave others.
+        .max_blocking_threads(32)
         .thread_stack_size(128 << 10)
         .thread_keep_alive(std::time::Duration::from_millis(100))
         .build()
@@ -91,7 +92,10 @@ fn serve(flags: Flags) -> Result<()> {
         sockets: socket.as_deref().and_then(|s| s.parent()).unwrap_or(&bundle).to_path_buf(),
         socket: socket.clone(),
     };
-    let result = runtime()?.block_on(shim::serve(listener, settings));
+    let runtime = runtime()?;
+    let result = runtime.block_on(shim::serve(listener, settings));
+    // A thread that hangs in a file system must not keep us.
+    runtime.shutdown_background();
     match (&result, socket) {
         (Err(_), Some(socket)) => start::remove_socket(&socket),
         // Shutdown has removed it; what is there now is our successor's.

@@ -15,6 +15,9 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use types::{Result, ResultExt};
 
+/// How long the end waits for logs that are still being written.
+const FLUSH: Duration = Duration::from_secs(3);
+
 /// Serves both task services, the sandbox service and our own on `listener` until Shutdown.
 ///
 /// # Errors
@@ -47,6 +50,7 @@ pub async fn serve(listener: UnixListener, settings: Settings) -> Result<()> {
     // A connection's writer ends only once it has written what handlers have
     // answered, Shutdown's own answer too; this waits for it.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
+    let _ = tokio::task::spawn_blocking(move || shared.writer.flush(FLUSH)).await;
     Ok(())
 }
 

@@ -18,10 +18,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use stdio::logger::{Binary, Bounds, Host, Logger};
 use stdio::pump::Pump;
-use stdio::{Format, Log, Stream, Uri, Writer, fifo};
+use stdio::{Ending, Format, Log, NotOpened, Sources, Stream, Uri, Writer, fifo};
 use tokio::io::Interest;
 use tokio::net::UnixListener;
 use tokio::task::{JoinHandle, JoinSet};
@@ -79,11 +79,19 @@ impl Place<'_> {
     }
 }
 
+/// How long a log file waits for the writing thread before it gets another one.
+const TURN: Duration = Duration::from_secs(2);
+/// How many threads it tries.
+const THREADS: usize = 3;
+
 /// The one file-writing thread, started by the first stream that needs it and
-/// ended with the last.
+/// ended with the last. One that hangs in a file is passed over.
 #[derive(Default)]
 pub struct SharedWriter {
     current: Mutex<Weak<Writer>>,
+    /// Of every thread that may still be flushing: whoever drops the last log has no
+    /// time to wait for it.
+    endings: Mutex<Vec<Ending>>,
 }
 
 impl SharedWriter {
@@ -92,9 +100,40 @@ impl SharedWriter {
         if let Some(w) = current.upgrade() {
             return Ok(w);
         }
-        let w = Arc::new(Writer::start()?);
+        let (writer, ending) = Writer::start_apart()?;
+        let w = Arc::new(writer);
         *current = Arc::downgrade(&w);
+        let mut endings = self.endings.lock().unwrap_or_else(PoisonError::into_inner);
+        endings.retain(|e| !e.has_come());
+        endings.push(ending);
         Ok(w)
+    }
+
+    async fn open(&self, path: PathBuf, format: Format, mut sources: Sources) -> Result<OpenLog> {
+        for _ in 0..THREADS {
+            let writer = self.get()?;
+            match writer.open_or_give_back(path.clone(), format, sources, TURN).await {
+                Ok(log) => return Ok(OpenLog { log, _writer: writer }),
+                Err(NotOpened::Failed(e)) => return Err(e),
+                Err(NotOpened::Busy(back)) => sources = back,
+            }
+            let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            if current.as_ptr() == Arc::as_ptr(&writer) {
+                *current = Weak::new();
+            }
+        }
+        Err(Error::deadline(format!("open log {}: the disks of other logs hang", path.display())))
+    }
+
+    /// Has every thread write what it has, and blocks until all have ended, at most
+    /// for `bound`.
+    pub fn flush(&self, bound: Duration) {
+        let endings = std::mem::take(&mut *self.endings.lock().unwrap_or_else(PoisonError::into_inner));
+        let deadline = Instant::now() + bound;
+        endings.iter().for_each(Ending::ask);
+        for ending in &endings {
+            ending.wait(deadline.saturating_duration_since(Instant::now()));
+        }
     }
 }
 
@@ -189,6 +228,11 @@ impl Io {
                 }
             }
         }
+        // What still is in the pipes is read out once more. Where a disk hangs, that
+        // comes when it can.
+        let closed = self.logged();
+        self.logs.clear();
+        let _ = tokio::time::timeout(bound, closed).await;
         if let Some(logger) = self.logger.take() {
             // It sees no end of its input while a pump holds the other end.
             self.pumps.shutdown().await;
@@ -367,8 +411,7 @@ async fn outputs(out: Uri, err: Uri, habits: Habits, writer: &SharedWriter, p: &
         }
     }
     for ToFile { path, format, sources } in files {
-        let w = writer.get()?;
-        p.io.logs.push(OpenLog { log: w.open(path, format, sources).await?, _writer: w });
+        p.io.logs.push(writer.open(path, format, sources).await?);
     }
     Ok(())
 }
@@ -416,9 +459,7 @@ impl Prepared {
     }
 
     async fn log_terminal(&mut self, writer: &SharedWriter, path: PathBuf, format: Format, fd: OwnedFd) -> Result<()> {
-        let w = writer.get()?;
-        let log = w.open(path, format, vec![(Stream::Stdout, fd)]).await?;
-        self.io.logs.push(OpenLog { log, _writer: w });
+        self.io.logs.push(writer.open(path, format, vec![(Stream::Stdout, fd)]).await?);
         Ok(())
     }
 }

@@ -27,4 +27,4 @@ pub use capped::{Capped, collect};
 pub use cri_log::{DEFAULT_LIMIT, Stream};
 pub use uri::Uri;
 pub use watch::watch;
-pub use writer::{Format, Log, Writer};
+pub use writer::{Ending, Format, Log, NotOpened, Sources, Writer};

@@ -10,19 +10,21 @@
 //! streams. A disk that refuses bytes loses them, the container goes on; a disk
 //! that hangs makes the pipe fill up, as it would without us.
 //!
-//! The thread starts with its first stream and ends with the `Writer`.
+//! The thread starts with its first stream and ends with the `Writer`. While a file
+//! hangs in it, nobody waits for it without a bound, and what is to go into other
+//! files can be given to another `Writer`.
 
 use crate::cri_log::{Lines, Stream};
 use rustix::event::epoll;
 use rustix::io::Errno;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, SystemTime};
 use tokio::sync::{oneshot, watch};
 use types::{Error, Result, ResultExt};
 
@@ -40,13 +42,20 @@ const BUFFER: usize = 32 << 10;
 const STACK: usize = 128 << 10;
 /// The wake-up's place among the epoll tokens.
 const WAKE: u64 = 0;
+/// How long a file may take to be opened.
+const OPEN: Duration = Duration::from_secs(10);
+/// How long a dropped writer waits for its thread's end.
+const FLUSH: Duration = Duration::from_secs(3);
+
+/// The streams of a process and the reading ends of their pipes.
+pub type Sources = Vec<(Stream, OwnedFd)>;
 
 enum Order {
     Open {
         log: u64,
         path: PathBuf,
         format: Format,
-        sources: Vec<(Stream, OwnedFd)>,
+        sources: Sources,
         ended: watch::Sender<bool>,
         reply: oneshot::Sender<Result<()>>,
     },
@@ -61,24 +70,72 @@ enum Order {
 }
 
 struct Mailbox {
-    orders: Mutex<Vec<Order>>,
+    orders: Mutex<VecDeque<Order>>,
     wake: OwnedFd,
 }
 
 impl Mailbox {
+    fn orders(&self) -> MutexGuard<'_, VecDeque<Order>> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The sources of a file that the thread has not come to yet.
+    fn take_back(&self, id: u64) -> Option<Sources> {
+        let mut orders = self.orders();
+        let place = orders.iter().position(|o| matches!(o, Order::Open { log, .. } if *log == id))?;
+        match orders.remove(place) {
+            Some(Order::Open { sources, .. }) => Some(sources),
+            _ => None,
+        }
+    }
+
     fn send(&self, order: Order) {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner).push(order);
+        self.orders().push_back(order);
         // It can only fail when the counter is full, and then it is readable.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 }
 
 /// The file-writing thread's handle. Dropped, it makes the thread flush what it
-/// has and end.
+/// has and end, and waits for that at most 3 s, unless somebody else has its [`Ending`].
 pub struct Writer {
     mail: Arc<Mailbox>,
     next: std::sync::atomic::AtomicU64,
-    thread: Option<std::thread::JoinHandle<()>>,
+    ending: Option<Ending>,
+}
+
+/// The end of a writer's thread, for whoever may not wait where the writer is dropped.
+pub struct Ending {
+    mail: Arc<Mailbox>,
+    /// Nothing is ever sent: the thread's end closes it.
+    thread: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Ending {
+    /// Whether the thread has flushed all and ended.
+    pub fn has_come(&self) -> bool {
+        // Locked, it is being waited for.
+        self.thread.try_lock().is_ok_and(|t| t.try_recv() == Err(mpsc::TryRecvError::Disconnected))
+    }
+
+    /// Asks the thread to flush what it has and to end, whether its writer is dropped
+    /// or not.
+    pub fn ask(&self) {
+        self.mail.send(Order::Stop);
+    }
+
+    /// Blocks until the thread has ended, at most for `bound`.
+    pub fn wait(&self, bound: Duration) {
+        let _ = self.thread.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(bound);
+    }
+}
+
+/// Why a file was not opened.
+pub enum NotOpened {
+    /// The thread hangs in some other file; here is what it was given.
+    Busy(Sources),
+    /// This very file can't be opened.
+    Failed(Error),
 }
 
 /// One log file with the streams that go into it. Dropped, it is read out once
@@ -95,41 +152,96 @@ impl Writer {
     /// # Errors
     /// Where threads or descriptors have run out.
     pub fn start() -> Result<Self> {
+        let (mut writer, ending) = Self::start_apart()?;
+        writer.ending = Some(ending);
+        Ok(writer)
+    }
+
+    /// Starts the thread, whose end is for somebody else to wait for.
+    ///
+    /// # Errors
+    /// Where threads or descriptors have run out.
+    pub fn start_apart() -> Result<(Self, Ending)> {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let wake = rustix::event::eventfd(0, flags).context(|| "make the log writer's eventfd".into())?;
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC).context(|| "make the log writer's epoll".into())?;
         epoll::add(&poll, &wake, epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)
             .context(|| "watch the log writer's eventfd".into())?;
-        let mail = Arc::new(Mailbox { orders: Mutex::new(Vec::new()), wake });
+        let mail = Arc::new(Mailbox { orders: Mutex::default(), wake });
         let worker = Worker { poll, mail: mail.clone(), logs: HashMap::new(), sources: HashMap::new(), next: WAKE + 1 };
-        let thread = std::thread::Builder::new()
+        let (ended, thread) = mpsc::channel();
+        std::thread::Builder::new()
             .name("log-writer".into())
             .stack_size(STACK)
-            .spawn(move || worker.run())
+            .spawn(move || {
+                worker.run();
+                drop(ended);
+            })
             .context(|| "start the log writer's thread".into())?;
-        Ok(Self { mail, next: std::sync::atomic::AtomicU64::new(1), thread: Some(thread) })
+        let ending = Ending { mail: mail.clone(), thread: Mutex::new(thread) };
+        Ok((Self { mail, next: std::sync::atomic::AtomicU64::new(1), ending: None }, ending))
     }
 
     /// Opens the file (append, missing directories are made; created 0640 for
     /// the CRI's format, 0644 for raw bytes) and copies the sources into it until each has ended.
     ///
     /// # Errors
-    /// Where the file can't be opened; the sources are closed then.
-    pub async fn open(&self, path: PathBuf, format: Format, sources: Vec<(Stream, OwnedFd)>) -> Result<Log> {
-        let id = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let (ended_tx, ended) = watch::channel(sources.is_empty());
-        let (reply, answer) = oneshot::channel();
-        self.mail.send(Order::Open { log: id, path, format, sources, ended: ended_tx, reply });
-        answer.await.map_err(|_| Error::internal("the log writer's thread has ended"))??;
-        Ok(Log { id, mail: self.mail.clone(), ended })
+    /// Where the file can't be opened, `DeadlineExceeded` after 10 s; the sources are
+    /// closed then.
+    pub async fn open(&self, path: PathBuf, format: Format, sources: Sources) -> Result<Log> {
+        let name = path.clone();
+        self.open_or_give_back(path, format, sources, OPEN).await.map_err(|e| match e {
+            NotOpened::Failed(e) => e,
+            NotOpened::Busy(_) => hangs(&name, "the disk of another log hangs"),
+        })
     }
+
+    /// The same, but the sources come back where the thread has not come to this file
+    /// within `turn`.
+    ///
+    /// # Errors
+    /// As with [`Writer::open`].
+    pub async fn open_or_give_back(
+        &self,
+        path: PathBuf,
+        format: Format,
+        sources: Sources,
+        turn: Duration,
+    ) -> Result<Log, NotOpened> {
+        let log = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let name = path.clone();
+        let (ended_tx, ended) = watch::channel(sources.is_empty());
+        let (reply, mut answer) = oneshot::channel();
+        self.mail.send(Order::Open { log, path, format, sources, ended: ended_tx, reply });
+        let in_time = match tokio::time::timeout(turn, &mut answer).await {
+            Ok(opened) => Ok(opened),
+            Err(_) => match self.mail.take_back(log) {
+                Some(sources) => return Err(NotOpened::Busy(sources)),
+                None => tokio::time::timeout(OPEN.saturating_sub(turn), answer).await,
+            },
+        };
+        match in_time {
+            Ok(Ok(Ok(()))) => Ok(Log { id: log, mail: self.mail.clone(), ended }),
+            Ok(Ok(Err(e))) => Err(NotOpened::Failed(e)),
+            Ok(Err(_)) => Err(NotOpened::Failed(thread_is_gone())),
+            Err(_) => Err(NotOpened::Failed(hangs(&name, "its disk hangs"))),
+        }
+    }
+}
+
+fn thread_is_gone() -> Error {
+    Error::internal("the log writer's thread has ended")
+}
+
+fn hangs(path: &std::path::Path, hint: &str) -> Error {
+    Error::deadline(format!("open log {}: it took longer than {} s", path.display(), OPEN.as_secs())).hint(hint)
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
         self.mail.send(Order::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        if let Some(ending) = self.ending.take() {
+            ending.wait(FLUSH);
         }
     }
 }
@@ -139,11 +251,17 @@ impl Log {
     /// the old file is kept.
     ///
     /// # Errors
-    /// Those of opening.
+    /// Those of opening; `DeadlineExceeded` after 10 s, and it may come true later.
     pub fn reopen(&self) -> impl Future<Output = Result<()>> + Send + use<> {
         let (reply, answer) = oneshot::channel();
         self.mail.send(Order::Reopen { log: self.id, reply });
-        async move { answer.await.map_err(|_| Error::internal("the log writer's thread has ended"))? }
+        async move {
+            match tokio::time::timeout(OPEN, answer).await {
+                Ok(answer) => answer.map_err(|_| thread_is_gone())?,
+                Err(_) => Err(Error::deadline(format!("reopen the log: it took longer than {} s", OPEN.as_secs()))
+                    .hint("its disk hangs, or that of another log")),
+            }
+        }
     }
 
     /// Waits until every source has ended and is in the file. The future stands
@@ -228,11 +346,17 @@ impl Worker {
     /// Carries out what has been ordered; false means the end.
     fn obey(&mut self, buffer: &mut [u8], out: &mut Vec<u8>) -> bool {
         let _ = rustix::io::read(&self.mail.wake, &mut [0u8; 8]);
-        let orders = std::mem::take(&mut *self.mail.orders.lock().unwrap_or_else(PoisonError::into_inner));
-        for order in orders {
+        loop {
+            // One by one: what is still in the box can be taken back.
+            let Some(order) = self.mail.orders().pop_front() else { return true };
             match order {
                 Order::Open { log, path, format, sources, ended, reply } => {
-                    let _ = reply.send(self.open(log, path, format, sources, ended));
+                    let opened = self.open(log, path, format, sources, ended);
+                    let failed = opened.is_err();
+                    // Nobody waits for it any more, or it is half open.
+                    if reply.send(opened).is_err() || failed {
+                        self.forget(log);
+                    }
                 }
                 Order::Reopen { log, reply } => {
                     let _ = reply.send(self.reopen(log));
@@ -246,7 +370,12 @@ impl Worker {
                 }
             }
         }
-        true
+    }
+
+    /// Closes a log as it is.
+    fn forget(&mut self, log: u64) {
+        self.sources.retain(|_, s| s.log != log);
+        self.logs.remove(&log);
     }
 
     fn open(
@@ -254,7 +383,7 @@ impl Worker {
         log: u64,
         path: PathBuf,
         format: Format,
-        sources: Vec<(Stream, OwnedFd)>,
+        sources: Sources,
         ended: watch::Sender<bool>,
     ) -> Result<()> {
         let file = open_file(&path, format)?;
@@ -450,6 +579,58 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o644);
         assert!(w.write_all(b"x").is_err(), "the reading end is closed");
+    }
+
+    /// A log that hangs: a FIFO that nobody empties, and more than it takes.
+    async fn hanging(writer: &Writer, dir: &std::path::Path) -> (Log, OwnedFd) {
+        let path = dir.join("full");
+        crate::fifo::make(&path).unwrap();
+        let reader = crate::fifo::open_reader(&path).unwrap();
+        let (r, w) = pipe().unwrap();
+        let log = writer.open(path, Format::Raw, vec![(Stream::Stdout, r)]).await.unwrap();
+        // It is through once the thread has taken more than the FIFO can hold.
+        std::thread::spawn(move || File::from(w).write_all(&[b'x'; 160 << 10])).join().unwrap().unwrap();
+        (log, reader)
+    }
+
+    #[tokio::test]
+    async fn a_log_that_hangs_gives_back_what_was_for_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let (writer, ending) = Writer::start_apart().unwrap();
+        let (log, reader) = hanging(&writer, dir.path()).await;
+        let (r, w) = pipe().unwrap();
+        let (turn, path) = (Duration::from_millis(10), dir.path().join("other"));
+        let given = writer.open_or_give_back(path.clone(), Format::Raw, vec![(Stream::Stdout, r)], turn).await;
+        let Err(NotOpened::Busy(sources)) = given else { panic!("the thread can't have come to it") };
+        let other = Writer::start().unwrap();
+        let second = other.open(path.clone(), Format::Raw, sources).await.unwrap();
+        File::from(w).write_all(b"through").unwrap();
+        second.ended().await;
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "through");
+        drop(log);
+        drop(writer);
+        ending.wait(turn);
+        assert!(!ending.has_come(), "nobody has waited for it to end");
+        // Its reader's end is the end of the hang.
+        drop(reader);
+        ending.wait(Duration::from_secs(60));
+        assert!(ending.has_come());
+    }
+
+    #[tokio::test]
+    async fn a_log_that_nobody_waits_for_any_more_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let writer = Writer::start().unwrap();
+        let (log, reader) = hanging(&writer, dir.path()).await;
+        let (r, w) = pipe().unwrap();
+        let opening = writer.open(dir.path().join("late"), Format::Raw, vec![(Stream::Stdout, r)]);
+        assert!(tokio::time::timeout(Duration::from_millis(10), opening).await.is_err());
+        drop(reader);
+        log.ended().await;
+        // After the one before it.
+        let last = writer.open(dir.path().join("last"), Format::Raw, vec![]).await.unwrap();
+        assert!(File::from(w).write_all(b"x").is_err(), "its source is closed");
+        drop(last);
     }
 
     #[tokio::test]
