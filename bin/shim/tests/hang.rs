@@ -1,4 +1,4 @@
-//! A Kill that meets a create which hangs: it ends the creation, and nothing stays.
+//! What hangs, be it a runtime or a log's disk, holds up nobody else, and a Kill ends it.
 #![allow(clippy::unwrap_used)]
 
 mod harness;
@@ -18,10 +18,15 @@ const SOON: Duration = Duration::from_secs(20);
 /// A runtime that is runc, but for `create`, which does as `script` says; it notes
 /// its pid in `pid`.
 fn runtime(dir: &Path, script: &str) -> PathBuf {
+    runtime_but_for(dir, "create", script)
+}
+
+/// The same with another of its commands.
+fn runtime_but_for(dir: &Path, verb: &str, script: &str) -> PathBuf {
     let path = dir.join("runtime");
     let pid = dir.join("pid").display().to_string();
     let text = format!(
-        "#!/bin/sh\nfor a in \"$@\"; do\n  if [ \"$a\" = create ]; then echo $$ >{pid}.new; mv {pid}.new {pid}; {script}; fi\n\
+        "#!/bin/sh\nfor a in \"$@\"; do\n  if [ \"$a\" = {verb} ]; then echo $$ >{pid}.new; mv {pid}.new {pid}; {script}; fi\n\
          done\nexec runc \"$@\"\n"
     );
     std::fs::write(&path, text).unwrap();
@@ -158,6 +163,99 @@ async fn a_runtime_that_hangs_in_create_is_ended_by_kill() {
     shim.delete(&b, "").await.unwrap();
     let seen = shim.events_until(&b, "/tasks/delete").await;
     assert_eq!(seen.iter().filter(|s| s.0 == "/tasks/create").count(), 1, "none for what was never made");
+}
+
+#[tokio::test]
+async fn a_runtime_that_hangs_in_exec_is_ended_by_kill() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    let (binary, sign) = (runtime_but_for(b.path(), "exec", "sleep 1000 & wait"), b.path().join("pid"));
+    let command = sh("exit 0");
+    create(&shim, &b, &binary, Vec::new()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    for _ in 0..2 {
+        let killer = async {
+            let pid = pid_in(&sign).await;
+            assert_eq!(code(&shim.kill(&b, "e", 15).await.unwrap_err()), ttrpc::Code::FAILED_PRECONDITION);
+            assert_eq!(code(&shim.delete(&b, "e").await.unwrap_err()), ttrpc::Code::FAILED_PRECONDITION);
+            let began = Instant::now();
+            shim.kill(&b, "e", 9).await.unwrap();
+            assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+            assert_eq!(shim.delete(&b, "e").await.unwrap(), 255, "it never ran");
+            gone(pid).await;
+        };
+        let (started, ()) = tokio::join!(shim.exec(&b, "e", &command, Io::default()), killer);
+        assert_eq!(code(&started.unwrap_err()), ttrpc::Code::CANCELLED);
+        std::fs::remove_file(&sign).unwrap();
+    }
+    shim.kill(&b, "", 9).await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 137);
+    shim.delete(&b, "").await.unwrap();
+    nothing_left(&shim, &b).await;
+}
+
+#[tokio::test]
+async fn a_log_that_hangs_holds_up_no_other_container() {
+    let shim = Shim::start().await;
+    let a = Bundle::new(&Shape { args: sh("head -c 300000 /dev/zero; exec sleep 1000"), ..Shape::default() });
+    // A file that takes no more, and does not say so, until its reader goes.
+    let full = a.path().join("full");
+    stdio::fifo::make(&full).unwrap();
+    let reader = stdio::fifo::open_reader(&full).unwrap();
+    shim.create(&a, Io { stdout: &format!("file://{}", full.display()), ..Io::default() }).await.unwrap();
+    shim.start_task(&a).await.unwrap();
+    for _ in 0..2000 {
+        if rustix::io::ioctl_fionread(&reader).unwrap() >= 65536 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let b = Bundle::new(&Shape { args: sh("echo through; exec sleep 1000"), ..Shape::default() });
+    let (log, exec_log) = (b.path().join("log"), b.path().join("exec.log"));
+    shim.create(&b, Io { stdout: &format!("file://{}", log.display()), ..Io::default() }).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let io = format!("file://{}", exec_log.display());
+    shim.exec(&b, "e", &sh("echo exec"), Io { stdout: &io, ..Io::default() }).await.unwrap();
+    assert_eq!(shim.wait(&b, "e").await.unwrap(), 0);
+    shim.delete(&b, "e").await.unwrap();
+    assert_eq!(std::fs::read_to_string(&exec_log).unwrap(), "exec\n");
+    for bundle in [&a, &b] {
+        shim.kill(bundle, "", 9).await.unwrap();
+        assert_eq!(shim.wait(bundle, "").await.unwrap(), 137);
+        shim.delete(bundle, "").await.unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "through\n");
+    nothing_left(&shim, &b).await;
+    // And the shim's own end is not kept by it for ever.
+    shim.task.shutdown(harness::CALL, task::ShutdownRequest::default()).await.unwrap();
+    gone(shim.pid).await;
+    drop(reader);
+}
+
+/// A runtime that knows no cgroups: its containers stay in the shim's own.
+fn runtime_without_cgroups(dir: &Path) -> PathBuf {
+    let path = dir.join("simple");
+    let text = "#!/bin/sh\nfor a in \"$@\"; do\n  [ \"$last\" = --pid-file ] && file=$a\n  last=$a\ndone\n\
+                [ -z \"$file\" ] || { sleep 1000 & echo $! >\"$file\"; }\n";
+    std::fs::write(&path, text).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn kill_all_reaches_an_init_without_a_cgroup_of_its_own() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    create(&shim, &b, &runtime_without_cgroups(b.path()), Vec::new()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let kill = || {
+        let req = task::KillRequest { id: b.id.clone(), exec_id: String::new(), signal: 9, all: true };
+        shim.task.kill(harness::CALL, req)
+    };
+    kill().await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 137);
+    assert_eq!(code(&kill().await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+    shim.delete(&b, "").await.unwrap();
 }
 
 #[tokio::test]

@@ -156,8 +156,13 @@ impl Cgroup {
 
     /// Sends a signal to each of them; returns how many it found.
     pub fn signal_all(&self, signal: Signal) -> usize {
+        self.signal_others(signal, 0)
+    }
+
+    /// Sends a signal to each of them but `except`; returns how many it found.
+    pub fn signal_others(&self, signal: Signal, except: i32) -> usize {
         let mut found = 0;
-        for pid in self.processes() {
+        for pid in self.processes().into_iter().filter(|pid| *pid != except) {
             // Opened first and looked at again: the number may have moved on.
             let Ok(p) = PidFd::open(pid) else { continue };
             if self.processes().contains(&pid) && p.signal(signal).is_ok() {

@@ -119,6 +119,14 @@ pub(crate) struct Process {
     pub killed_by: Option<Signal>,
     /// An exec's OCI document until it is started.
     pub spec: Option<NewExec>,
+    /// An exec's way up.
+    pub starting: Option<Starting>,
+}
+
+/// How to end an exec's start early, and who waits for that.
+pub(crate) struct Starting {
+    pub abort: watch::Sender<bool>,
+    pub killers: Vec<Reply<()>>,
 }
 
 impl Process {
@@ -127,7 +135,8 @@ impl Process {
     }
 
     pub fn planned(wanted: Wanted) -> Self {
-        Self { wanted, io: None, child: None, exit: watch::channel(None).0, killed_by: None, spec: None }
+        let exit = watch::channel(None).0;
+        Self { wanted, io: None, child: None, exit, killed_by: None, spec: None, starting: None }
     }
 
     pub(crate) fn signal(&mut self, what: &str, signal: Signal) -> Result<()> {
@@ -270,6 +279,9 @@ impl Owner {
             }
             Msg::Delete(None, reply) => self.delete_init(reply),
             Msg::Delete(Some(exec), reply) => self.delete_exec(&exec, reply),
+            Msg::Kill { exec: Some(exec), signal: Signal::KILL, reply, .. } if self.machine.is_starting(&exec) => {
+                self.end_start(&exec, reply);
+            }
             Msg::Kill { exec, signal, all, reply } => {
                 let _ = reply.send(self.kill(exec.as_deref(), signal, all));
             }

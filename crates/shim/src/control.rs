@@ -124,16 +124,31 @@ impl Owner {
         });
     }
 
+    /// Kill(SIGKILL) of an exec that the runtime is starting: the start ends early, and
+    /// the answer comes with its end.
+    pub(crate) fn end_start(&mut self, exec: &str, reply: Reply<()>) {
+        match self.execs.get_mut(exec).and_then(|p| p.starting.as_mut()) {
+            Some(starting) => {
+                starting.abort.send_replace(true);
+                starting.killers.push(reply);
+            }
+            None => {
+                let _ = reply.send(Err(Error::internal(format!("exec {exec} starts and nobody starts it"))));
+            }
+        }
+    }
+
     pub(crate) fn kill(&mut self, exec: Option<&str>, signal: Signal, all: bool) -> Result<()> {
         let what = match exec {
             None => format!("container {}", self.id),
             Some(e) => format!("exec {e} of container {}", self.id),
         };
         if exec.is_none() && all {
-            self.init.killed_by = Some(signal);
-            let found = self.cgroup.signal_all(signal);
+            // Init by itself: its cgroup may be unknown, or shared with others.
+            let init = self.init.signal(&what, signal);
+            let found = self.cgroup.signal_others(signal, self.machine.pid());
             if found == 0 {
-                return Err(Error::not_found(format!("{what}: process already finished")));
+                init?;
             }
         } else {
             let not_started = exec.is_some_and(|e| matches!(self.machine.exec_view(e), Ok((View::Created, _))));

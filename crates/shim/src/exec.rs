@@ -1,7 +1,7 @@
 //! Execs, and what else is asked of a container's processes: the owner's other
 //! half.
 
-use crate::container::{DRAIN, Exited, NewExec, Owner, Process, Reply, Seen};
+use crate::container::{DRAIN, Exited, NewExec, Owner, Process, Reply, Seen, Starting};
 use crate::state::View;
 use crate::streams::{self, Habits, Io};
 use crate::{container::Msg, shared::Shared};
@@ -11,7 +11,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
-use types::{Certificate, Error, Result, ResultExt};
+use tokio::sync::watch;
+use types::{Certificate, Error, ErrorKind, Result, ResultExt, Signal};
 
 impl Owner {
     pub(crate) fn add_exec(&mut self, new: NewExec) -> Result<()> {
@@ -41,12 +42,17 @@ impl Owner {
                 return;
             }
         };
+        let (abort, aborted) = watch::channel(false);
+        if let Some(p) = self.execs.get_mut(&exec) {
+            p.starting = Some(Starting { abort, killers: Vec::new() });
+        }
         let job = Job {
             shared: self.shared.clone(),
             runtime: self.runtime.clone(),
             container: self.id.clone(),
             bundle: self.bundle.clone(),
             habits: Habits { labelled: new.labelled, ..self.habits },
+            aborted,
             new,
         };
         let tx = self.tx.clone();
@@ -58,6 +64,7 @@ impl Owner {
 
     pub(crate) fn exec_started(&mut self, exec: &str, result: Result<(Child, Io)>, reply: Reply<i32>) {
         let now = SystemTime::now();
+        let killers = self.execs.get_mut(exec).and_then(|p| p.starting.take()).map(|s| s.killers).unwrap_or_default();
         let answer = match result {
             Ok((child, io)) => {
                 let pid = child.pid();
@@ -65,9 +72,13 @@ impl Owner {
                 if let Some(p) = self.execs.get_mut(exec) {
                     p.io = Some(io);
                     p.child = Some(child.clone());
+                    // It has come up as it was killed.
+                    if !killers.is_empty() {
+                        let _ = p.signal("an exec on its way up", Signal::KILL);
+                    }
                 } else {
                     // Given up and deleted meanwhile.
-                    let _ = child.signal(types::Signal::KILL);
+                    let _ = child.signal(Signal::KILL);
                 }
                 let actions = self.machine.exec_done(exec, Some(pid), now);
                 self.apply(actions);
@@ -84,6 +95,9 @@ impl Owner {
                 Err(e)
             }
         };
+        for killer in killers {
+            let _ = killer.send(Ok(()));
+        }
         let _ = reply.send(answer);
     }
 
@@ -187,6 +201,8 @@ struct Job {
     container: String,
     bundle: PathBuf,
     habits: Habits,
+    /// Becomes true when the exec is killed before it is up.
+    aborted: watch::Receiver<bool>,
     new: NewExec,
 }
 
@@ -201,19 +217,29 @@ impl Job {
     async fn launch(&self, document: &Path) -> Result<(Child, Io)> {
         write_new(document, &self.new.spec)?;
         let place = self.shared.place(&self.new.id);
-        let mut prepared = streams::prepare(&self.new.wanted, self.habits, &place).await?;
-        // Only now: a logging binary that is slow to come up must hold up no other.
-        let _turn = self.shared.turn().await?;
+        let mut aborted = self.aborted.clone();
+        let ready = async {
+            let prepared = streams::prepare(&self.new.wanted, self.habits, &place).await?;
+            // Only now: a logging binary that is slow to come up must hold up no other.
+            Ok((prepared, self.shared.turn().await?))
+        };
+        let (mut prepared, _turn) = tokio::select! {
+            ready = ready => ready?,
+            Ok(_) = aborted.wait_for(|a| *a) => {
+                return Err(Error::new(ErrorKind::Cancelled, "it was killed before the OCI runtime was called"));
+            }
+        };
         let launch = Launch {
             stdio: std::mem::take(&mut prepared.stdio),
             console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
             pid_file: self.bundle.join(format!("exec-{}.pid", self.new.id)),
         };
-        let child = self.runtime.exec(&self.container, document, launch).await?;
+        let runtime = self.runtime.until(self.aborted.clone(), |_| {});
+        let child = runtime.exec(&self.container, document, launch).await?;
         match prepared.attach(place.writer).await {
             Ok(io) => Ok((child, io)),
             Err(e) => {
-                let _ = child.signal(types::Signal::KILL);
+                let _ = child.signal(Signal::KILL);
                 child.wait().await;
                 Err(e)
             }
