@@ -123,7 +123,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     persist::write_task(&bundle, &record)?;
     let runtime = Arc::new(Command::new(config, shared.children.clone()));
     let rootfs = bundle.join("rootfs");
-    mount(&rootfs, rootfs_mounts).await?;
+    mount(shared, &rootfs, rootfs_mounts).await?;
     let wanted = Wanted {
         stdin: req.stdin.clone(),
         stdout: req.stdout.clone(),
@@ -133,7 +133,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     let habits = Habits { labelled: peek.process.labelled(), owner: (o.io_uid, o.io_gid) };
     let restore = match restore::wanted(&req, &o, &bundle) {
         Ok(restore) => restore,
-        Err(e) => return Err(unmounted(&rootfs, record.rootfs_mounts, e)),
+        Err(e) => return Err(unmounted(rootfs, record.rootfs_mounts, e).await),
     };
     let made = match restore {
         None => launch(shared, &runtime, &req.id, &bundle, &wanted, habits, abort).await.map(Made::Created),
@@ -145,7 +145,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     let (process, restoring) = match made {
         Ok(Made::Created((child, io))) => (Process::launched(wanted, io, child), None),
         Ok(Made::ToRestore(restoring)) => (Process::planned(wanted), Some(*restoring)),
-        Err(e) => return Err(unmounted(&rootfs, record.rootfs_mounts, e)),
+        Err(e) => return Err(unmounted(rootfs, record.rootfs_mounts, e).await),
     };
     let pid = process.child.as_ref().map_or(0, |c| c.pid());
     let cgroup = if pid == 0 { Ok(Cgroup::default()) } else { Cgroup::of(pid) };
@@ -178,10 +178,13 @@ enum Made {
 }
 
 /// Takes the root file system off after a failure, and tells all that failed.
-fn unmounted(rootfs: &Path, stacked: usize, e: Error) -> Error {
-    match mounts::unmount_rootfs(rootfs, stacked) {
-        Ok(()) => e,
-        Err(more) => e.hint(more.to_string()),
+async fn unmounted(rootfs: PathBuf, stacked: usize, e: Error) -> Error {
+    if stacked == 0 {
+        return e;
+    }
+    match tokio::task::spawn_blocking(move || mounts::unmount_rootfs(&rootfs, stacked)).await {
+        Ok(Err(more)) => e.hint(more.to_string()),
+        Ok(Ok(())) | Err(_) => e,
     }
 }
 
@@ -194,11 +197,14 @@ fn rootfs_mount(m: &Mount) -> mounts::Mount {
     }
 }
 
-/// Mounts the root file system, on another thread where that takes a process.
-async fn mount(rootfs: &Path, mounts: Vec<mounts::Mount>) -> Result<()> {
-    if !mounts::are_mapped(&mounts) {
-        return mounts::mount_rootfs(rootfs, &mounts);
+/// Mounts the root file system, on another thread: its disk may hang.
+async fn mount(shared: &Shared, rootfs: &Path, mounts: Vec<mounts::Mount>) -> Result<()> {
+    if mounts.is_empty() {
+        return Ok(());
     }
+    // Mapped owners take a process, which its own thread waits for: nobody else may
+    // reap it.
+    let _call = mounts::are_mapped(&mounts).then(|| shared.children.begin_call());
     let rootfs = rootfs.to_path_buf();
     let mounted = tokio::task::spawn_blocking(move || mounts::mount_rootfs(&rootfs, &mounts)).await;
     mounted.unwrap_or_else(|e| Err(Error::internal("mount the root file system").because(e)))
