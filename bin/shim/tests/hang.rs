@@ -302,16 +302,14 @@ async fn a_creation_that_outlives_its_shim_is_ended_by_delete() {
     }
 }
 
-#[tokio::test]
-async fn a_kill_overtakes_the_queue_for_the_runtime() {
-    let shim = Shim::start().await;
+/// As many creations that hang as may call the runtime at a time; `then` comes when they
+/// do, and they are killed.
+async fn while_all_turns_hang(shim: &Shim, then: impl Future<Output = ()>) {
     let cpus = std::thread::available_parallelism().unwrap().get();
     let hanging: Vec<Bundle> = (0..(2 * cpus).max(4)).map(|_| Bundle::new(&Shape::default())).collect();
-    let last = Bundle::new(&Shape::default());
     let work = async {
         let all = hanging.iter().map(|b| {
             let binary = runtime(b.path(), "sleep 1000 & wait");
-            let shim = &shim;
             Box::pin(async move {
                 let e = create(shim, b, &binary, Vec::new()).await.unwrap_err();
                 assert_eq!(code(&e), ttrpc::Code::CANCELLED, "{e}");
@@ -323,6 +321,22 @@ async fn a_kill_overtakes_the_queue_for_the_runtime() {
         for b in &hanging {
             pid_in(&b.path().join("pid")).await;
         }
+        then.await;
+        for b in &hanging {
+            shim.kill(b, "", 9).await.unwrap();
+        }
+    };
+    tokio::join!(work, waiting);
+    for b in &hanging {
+        nothing_left(shim, b).await;
+    }
+}
+
+#[tokio::test]
+async fn a_kill_overtakes_the_queue_for_the_runtime() {
+    let shim = Shim::start().await;
+    let last = Bundle::new(&Shape::default());
+    let overtaking = async {
         let killer = async {
             tokio::time::sleep(Duration::from_millis(300)).await;
             let began = Instant::now();
@@ -331,14 +345,24 @@ async fn a_kill_overtakes_the_queue_for_the_runtime() {
         };
         let (made, ()) = tokio::join!(create(&shim, &last, Path::new("runc"), Vec::new()), killer);
         assert_eq!(code(&made.unwrap_err()), ttrpc::Code::CANCELLED);
-        for b in &hanging {
-            shim.kill(b, "", 9).await.unwrap();
-        }
     };
-    tokio::join!(work, waiting);
-    for b in hanging.iter().chain([&last]) {
-        nothing_left(&shim, b).await;
-    }
+    while_all_turns_hang(&shim, overtaking).await;
+    nothing_left(&shim, &last).await;
+}
+
+#[tokio::test]
+async fn a_delete_overtakes_the_queue_for_the_runtime() {
+    let shim = Shim::start().await;
+    let done = Bundle::new(&Shape { args: sh("exit 4"), ..Shape::default() });
+    shim.create(&done, Io::default()).await.unwrap();
+    shim.start_task(&done).await.unwrap();
+    assert_eq!(shim.wait(&done, "").await.unwrap(), 4);
+    while_all_turns_hang(&shim, async {
+        let began = Instant::now();
+        assert_eq!(shim.delete(&done, "").await.unwrap(), 4);
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    })
+    .await;
 }
 
 /// All futures, each polled when it asks for it.

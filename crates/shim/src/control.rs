@@ -45,7 +45,7 @@ impl Owner {
             if let Some(io) = io {
                 io.drain(DRAIN).await;
             }
-            let deleted = match shared.turn().await {
+            let deleted = match shared.turn_to_end().await {
                 Ok(_turn) => runtime.delete(&id, false).await,
                 Err(e) => Err(e),
             };
@@ -95,9 +95,15 @@ impl Owner {
             }
             return;
         }
-        let (runtime, id, tx) = (self.runtime.clone(), self.id.clone(), self.tx.clone());
+        let (runtime, id, tx, shared) = (self.runtime.clone(), self.id.clone(), self.tx.clone(), self.shared.clone());
         tokio::spawn(async move {
-            let result = if on { runtime.pause(&id).await } else { runtime.resume(&id).await };
+            // Nobody asked for it but a kill, which must wait for no other call.
+            let turn = if reply.is_some() { Some(shared.turn().await) } else { None };
+            let result = match &turn {
+                Some(Err(e)) => Err(e.copy()),
+                _ if on => runtime.pause(&id).await,
+                _ => runtime.resume(&id).await,
+            };
             let _ = tx.send(Msg::PauseDone(on, result, reply));
         });
     }
@@ -112,15 +118,23 @@ impl Owner {
                 Event::Resumed(ev::TaskResumed { container_id })
             });
         }
+        // A kill that came while it was being frozen.
+        if on && result.is_ok() && self.init.killed_by == Some(Signal::KILL) {
+            self.pause(false, None);
+        }
         if let Some(reply) = reply {
             let _ = reply.send(result);
         }
     }
 
     pub(crate) fn update(&mut self, resources: Vec<u8>, reply: Reply<()>) {
-        let (runtime, id) = (self.runtime.clone(), self.id.clone());
+        let (runtime, id, shared) = (self.runtime.clone(), self.id.clone(), self.shared.clone());
         tokio::spawn(async move {
-            let _ = reply.send(runtime.update(&id, &resources).await);
+            let updated = match shared.turn().await {
+                Ok(_turn) => runtime.update(&id, &resources).await,
+                Err(e) => Err(e),
+            };
+            let _ = reply.send(updated);
         });
     }
 

@@ -48,13 +48,20 @@ impl Owner {
         let bundle = self.bundle.clone();
         tokio::spawn(async move {
             let Restoring { mut prepared, from } = restoring;
+            // For what undoes it, too.
+            let _turn = match shared.turn().await {
+                Ok(turn) => turn,
+                Err(e) => {
+                    let _ = tx.send(Msg::Restored(Err(e), reply));
+                    return;
+                }
+            };
             let up = async {
                 let launch = Launch {
                     stdio: std::mem::take(&mut prepared.stdio),
                     console_socket: prepared.console.as_ref().map(|c| c.path.clone()),
                     pid_file: bundle.join(persist::PID),
                 };
-                let _turn = shared.turn().await?;
                 let child = runtime.restore(&id, &bundle, &from, launch).await?;
                 match prepared.attach(&shared.writer).await {
                     Ok(io) => Ok((child, io)),

@@ -37,6 +37,8 @@ pub(crate) struct Shared {
     pub writer: SharedWriter,
     /// Runtime calls at a time: more than the CPUs can run only slow each other.
     permits: Semaphore,
+    /// The same for those that take away.
+    endings: Semaphore,
     /// Told when the shim shall end.
     pub stop: Notify,
     containers: Mutex<Containers>,
@@ -87,6 +89,7 @@ impl Shared {
             events,
             writer: SharedWriter::default(),
             permits: Semaphore::new((2 * cpus).max(4)),
+            endings: Semaphore::new(cpus.max(2)),
             stop: Notify::new(),
             containers: Mutex::default(),
         }
@@ -109,14 +112,13 @@ impl Shared {
 
     /// Waits for a turn to call the runtime.
     pub async fn turn(&self) -> Result<SemaphorePermit<'_>> {
-        match tokio::time::timeout(QUEUE, self.permits.acquire()).await {
-            Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_)) => Err(Error::unavailable("the shim is stopping")),
-            Err(_) => {
-                let text = format!("{} s in the queue for the OCI runtime were not enough", QUEUE.as_secs());
-                Err(Error::deadline(text).hint("earlier calls of the runtime hang"))
-            }
-        }
+        queue(&self.permits).await
+    }
+
+    /// The same for a call that takes a container away: it does not wait for those that
+    /// make one and hang.
+    pub async fn turn_to_end(&self) -> Result<SemaphorePermit<'_>> {
+        queue(&self.endings).await
     }
 
     /// Takes a name for a container that is about to be created. The creation ends
@@ -217,6 +219,17 @@ impl Shared {
     /// may be dropped meanwhile; the owner goes on.
     pub async fn ask<T>(&self, id: &str, request: impl FnOnce(oneshot::Sender<Result<T>>) -> Msg) -> Result<T> {
         ask(&self.find(id)?, id, request).await
+    }
+}
+
+async fn queue(permits: &Semaphore) -> Result<SemaphorePermit<'_>> {
+    match tokio::time::timeout(QUEUE, permits.acquire()).await {
+        Ok(Ok(permit)) => Ok(permit),
+        Ok(Err(_)) => Err(Error::unavailable("the shim is stopping")),
+        Err(_) => {
+            let text = format!("{} s in the queue for the OCI runtime were not enough", QUEUE.as_secs());
+            Err(Error::deadline(text).hint("earlier calls of the runtime hang"))
+        }
     }
 }
 
