@@ -1,8 +1,8 @@
 //! Events to the caller, in order, by ttrpc to TTRPC_ADDRESS.
 //!
-//! One task owns the queue and the connection. A caller that is away is tried
-//! again with growing pauses; an event that has failed ten times is dropped, as
-//! is the oldest when a thousand wait: after a reconnection State and Wait are
+//! One task owns the connection. A caller that is away, or hangs, is tried again with
+//! growing pauses; an event that has failed ten times is dropped, as is the oldest when
+//! a thousand wait, at the moment when one more comes: after a reconnection State and Wait are
 //! the truth (behaviours.md section 3).
 
 use prost::Message;
@@ -11,8 +11,9 @@ use proto::containerd::services::events::ttrpc::v1::{EventsClient, ForwardReques
 use proto::containerd::types::Envelope;
 use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::watch;
 use types::{Result, ResultExt};
 
 const LONGEST_QUEUE: usize = 1024;
@@ -64,16 +65,46 @@ impl Event {
     }
 }
 
-enum Order {
-    Publish(Envelope),
-    /// Answered when everything before it has been sent or dropped.
-    Flush(oneshot::Sender<()>),
+/// What has been handed in and not been sent or dropped, oldest first. Each event has
+/// its number.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<Envelope>,
+    /// The number of the next event to be handed in.
+    next: u64,
+    sending: Option<u64>,
+}
+
+impl Queue {
+    fn push(&mut self, event: Envelope) {
+        if self.waiting.len() == LONGEST_QUEUE {
+            self.waiting.pop_front();
+        }
+        self.waiting.push_back(event);
+        self.next += 1;
+    }
+
+    fn pop(&mut self) -> Option<Envelope> {
+        let number = self.oldest_waiting();
+        let event = self.waiting.pop_front();
+        self.sending = event.is_some().then_some(number);
+        event
+    }
+
+    fn oldest_waiting(&self) -> u64 {
+        self.next - self.waiting.len() as u64
+    }
+
+    /// Whether everything before this number has been sent or dropped.
+    fn is_through(&self, number: u64) -> bool {
+        self.sending.unwrap_or_else(|| self.oldest_waiting()) >= number
+    }
 }
 
 /// Where events are handed in. Clones share the queue.
 #[derive(Clone)]
 pub struct Publisher {
-    orders: Option<mpsc::UnboundedSender<Order>>,
+    queue: Option<Arc<watch::Sender<Queue>>>,
     namespace: String,
 }
 
@@ -81,17 +112,17 @@ impl Publisher {
     /// Publishes to the socket at `address`; to nobody where it is empty.
     pub fn new(address: &str, namespace: &str) -> Self {
         let path = address.strip_prefix("unix://").unwrap_or(address);
-        let orders = (!path.is_empty()).then(|| {
-            let (tx, rx) = mpsc::unbounded_channel();
-            tokio::spawn(Sender { path: path.into(), client: None, queue: VecDeque::new() }.run(rx));
-            tx
+        let queue = (!path.is_empty()).then(|| {
+            let queue = Arc::new(watch::channel(Queue::default()).0);
+            tokio::spawn(Sender { path: path.into(), client: None }.run(queue.clone()));
+            queue
         });
-        Self { orders, namespace: namespace.into() }
+        Self { queue, namespace: namespace.into() }
     }
 
     /// Hands in an event; never waits.
     pub fn publish(&self, event: &Event) {
-        let Some(orders) = &self.orders else { return };
+        let Some(queue) = &self.queue else { return };
         let (topic, type_url, value) = event.parts();
         let envelope = Envelope {
             timestamp: Some(crate::wire::timestamp(SystemTime::now())),
@@ -99,42 +130,33 @@ impl Publisher {
             topic: topic.into(),
             event: Some(prost_types::Any { type_url: type_url.into(), value }),
         };
-        // The queue's task ends with the process only.
-        let _ = orders.send(Order::Publish(envelope));
+        queue.send_modify(|q| q.push(envelope));
     }
 
-    /// Waits, at most for `bound`, until what was handed in has been sent.
+    /// Waits, at most for `bound`, until what was handed in has been sent or dropped.
     pub async fn flush(&self, bound: Duration) {
-        let Some(orders) = &self.orders else { return };
-        let (tx, rx) = oneshot::channel();
-        if orders.send(Order::Flush(tx)).is_ok() {
-            let _ = tokio::time::timeout(bound, rx).await;
-        }
+        let Some(queue) = &self.queue else { return };
+        let last = queue.borrow().next;
+        let _ = tokio::time::timeout(bound, queue.subscribe().wait_for(|q| q.is_through(last))).await;
     }
 }
 
 struct Sender {
     path: PathBuf,
     client: Option<EventsClient>,
-    queue: VecDeque<Order>,
 }
 
 impl Sender {
-    async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
-        while let Some(first) = orders.recv().await {
-            self.queue.push_back(first);
-            while let Some(order) = self.queue.pop_front() {
-                match order {
-                    Order::Publish(e) => self.send(e).await,
-                    Order::Flush(done) => {
-                        let _ = done.send(());
-                    }
-                }
-                while let Ok(more) = orders.try_recv() {
-                    self.queue.push_back(more);
-                }
-                while self.queue.len() > LONGEST_QUEUE {
-                    self.queue.pop_front();
+    /// Ends with the process only.
+    async fn run(mut self, queue: Arc<watch::Sender<Queue>>) {
+        let mut news = queue.subscribe();
+        loop {
+            let mut event = None;
+            queue.send_modify(|q| event = q.pop());
+            match event {
+                Some(event) => self.send(event).await,
+                None => {
+                    let _ = news.wait_for(|q| !q.waiting.is_empty()).await;
                 }
             }
         }
@@ -219,5 +241,28 @@ mod tests {
         p.flush(Duration::from_secs(10)).await;
         let want: Vec<String> = (0..20).map(|n: usize| n.to_string()).collect();
         assert_eq!(*recorder.0.lock().unwrap(), want);
+    }
+
+    #[test]
+    fn the_oldest_makes_room_and_who_flushes_waits_for_what_is_left() {
+        let event = |n: usize| Envelope { topic: n.to_string(), ..Envelope::default() };
+        let mut q = Queue::default();
+        assert!(q.is_through(0));
+        q.push(event(0));
+        assert_eq!(q.pop(), Some(event(0)), "it is being sent");
+        for n in 1..=2 * LONGEST_QUEUE {
+            q.push(event(n));
+        }
+        assert_eq!(q.waiting.len(), LONGEST_QUEUE);
+        assert!(!q.is_through(1), "the first is still being sent");
+        let last = q.next;
+        let mut seen = Vec::new();
+        while let Some(e) = q.pop() {
+            assert!(!q.is_through(last));
+            seen.push(e.topic);
+        }
+        assert!(q.is_through(last));
+        let want: Vec<String> = (LONGEST_QUEUE + 1..=2 * LONGEST_QUEUE).map(|n| n.to_string()).collect();
+        assert_eq!(seen, want);
     }
 }
