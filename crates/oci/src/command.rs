@@ -390,7 +390,7 @@ pub fn kill_call(call: i32, tell: impl FnOnce(&[i32])) -> Vec<PidFd> {
 
 /// The calls that make a container from this bundle and have not ended, whoever
 /// began them.
-pub fn unfinished_calls(bundle: &Path) -> Vec<i32> {
+pub fn unfinished_calls(bundle: &Path) -> Vec<PidFd> {
     let makes = |pid: &i32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
@@ -398,7 +398,11 @@ pub fn unfinished_calls(bundle: &Path) -> Vec<i32> {
         verb && words.windows(2).any(|w| w[0] == b"--bundle" && w[1] == bundle.as_os_str().as_encoded_bytes())
     };
     let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    all.filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(makes).collect()
+    all.filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .filter(makes)
+        // Looked at again once it is held: the number may have moved on.
+        .filter_map(|pid| PidFd::open(pid).ok().filter(|_| makes(&pid)))
+        .collect()
 }
 
 /// A failure of the runtime, with criu's last error where its log has one.

@@ -7,13 +7,14 @@ use oci::cgroup::Cgroup;
 use oci::{Command, Runtime};
 use std::path::Path;
 use std::time::Duration;
-use types::Error;
+use types::{Error, Signal};
 
 /// How long killed processes may take to be gone.
 const BOUND: Duration = Duration::from_secs(5);
 
 /// Removes whatever the runtime left half made; it is often nothing. What it may
-/// not know itself is in `cgroups`.
+/// not know itself is in `cgroups`. The creation's turn to call the runtime is good for
+/// this, too: to wait for a second one while it is held would be to wait for each other.
 pub(crate) async fn undo(runtime: &Command, id: &str, bundle: &Path, cgroups: Vec<Cgroup>) {
     let deleted = runtime.delete(id, true).await.err().filter(|e| !e.is_not_found());
     for e in deleted.into_iter().chain(empty(bundle, cgroups).await) {
@@ -48,9 +49,14 @@ pub(crate) fn end_creations(bundle: &Path) -> Vec<Cgroup> {
     let mut cgroups = Vec::new();
     let mut killed = Vec::new();
     for call in oci::unfinished_calls(bundle) {
-        killed.extend(oci::kill_call(call, |borne| {
+        // Stopped, it can't end, so its number stays its own; nor can it bear more.
+        if call.signal(Signal::STOP).is_err() {
+            continue;
+        }
+        let pid = call.pid();
+        killed.extend(oci::kill_call(pid, |borne| {
             // The call's own is that of all shims.
-            cgroups.extend(borne.iter().filter_map(|pid| Cgroup::apart_from(call, *pid).ok()));
+            cgroups.extend(borne.iter().filter_map(|p| Cgroup::apart_from(pid, *p).ok()));
         }));
     }
     for process in killed {

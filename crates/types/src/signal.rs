@@ -28,6 +28,8 @@ impl Signal {
     pub const QUIT: Signal = Signal(3);
     /// SIGCHLD.
     pub const CHLD: Signal = Signal(17);
+    /// Stops a process until SIGCONT; can't be caught.
+    pub const STOP: Signal = Signal(19);
     /// SIGUSR1.
     pub const USR1: Signal = Signal(10);
 
