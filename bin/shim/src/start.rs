@@ -12,7 +12,7 @@ use std::io::{IsTerminal, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use types::{Error, ErrorKind, Result, ResultExt};
 
 /// Socket addresses are short: 107 bytes.
@@ -58,13 +58,19 @@ fn listen(path: &Path) -> Result<UnixListener> {
     }
 }
 
+/// Holds a directory of sockets for one at a time.
+fn lock(dir: &Path) -> std::io::Result<std::fs::File> {
+    let lock = std::fs::File::open(dir)?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
+    Ok(lock)
+}
+
 fn bind(path: &Path) -> std::io::Result<UnixListener> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     // One at a time, or two that find the same dead socket would each remove it,
     // the second one the first one's new socket.
-    let lock = std::fs::File::open(dir)?;
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
+    let _lock = lock(dir)?;
     let listener = match UnixListener::bind(path) {
         Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
             let _ = std::fs::remove_file(path);
@@ -95,12 +101,17 @@ pub fn start(flags: &Flags) -> Result<()> {
     loop {
         let refused = match listen(&path) {
             Ok(listener) => {
-                let started = spawn(flags, &told, &bundle, listener, &address);
-                if started.is_err() {
+                let answered = spawn(flags, &told, &bundle, listener, &address).and_then(|mut shim| {
+                    // A caller that has gone knows of no shim and ends none.
+                    crate::print(told.answer(&address)).inspect_err(|_| end(&mut shim))
+                });
+                if answered.is_err() {
                     remove_socket(&path);
-                    let _ = std::fs::remove_file(bundle.join("address"));
+                    for name in ["address", "shim.pid"] {
+                        let _ = std::fs::remove_file(bundle.join(name));
+                    }
                 }
-                return started.and_then(|()| crate::print(told.answer(&address)));
+                return answered;
             }
             Err(e) => e,
         };
@@ -154,7 +165,7 @@ fn keep_cores_apart() -> Result<()> {
     }
 }
 
-fn spawn(flags: &Flags, told: &Bootstrap, bundle: &Path, listener: UnixListener, address: &str) -> Result<()> {
+fn spawn(flags: &Flags, told: &Bootstrap, bundle: &Path, listener: UnixListener, address: &str) -> Result<Child> {
     if std::env::var_os(CORE_SCHEDULING).is_some_and(|v| !v.is_empty()) {
         keep_cores_apart()?;
     }
@@ -180,11 +191,15 @@ fn spawn(flags: &Flags, told: &Bootstrap, bundle: &Path, listener: UnixListener,
     };
     adjust_oom_score(child.id());
     if let Err(e) = joined.and_then(|()| write(&bundle.join("shim.pid"), &child.id().to_string())) {
-        let _ = child.kill();
-        let _ = child.wait();
+        end(&mut child);
         return Err(e);
     }
-    Ok(())
+    Ok(child)
+}
+
+fn end(shim: &mut Child) {
+    let _ = shim.kill();
+    let _ = shim.wait();
 }
 
 /// The shim goes before its caller where memory runs out: one more than the caller's
@@ -218,9 +233,16 @@ pub fn socket_of(bundle: &Path) -> Option<PathBuf> {
     text.trim().strip_prefix("unix://").filter(|p| p.starts_with('/')).map(PathBuf::from)
 }
 
-/// Removes a socket, and our own directory with the last one in it.
+/// Removes a socket that nobody serves, and our own directory with the last one in it.
+/// One that is served stays: it is another shim's by now, or a pod's, which serves other
+/// bundles too.
 pub fn remove_socket(path: &Path) {
-    let _ = std::fs::remove_file(path);
+    // A `start` may be about to put its own in the same place.
+    if let Some(Ok(_lock)) = path.parent().map(lock)
+        && UnixStream::connect(path).is_err()
+    {
+        let _ = std::fs::remove_file(path);
+    }
     remove_directory_of(path);
 }
 
@@ -231,12 +253,9 @@ pub fn remove_directory_of(path: &Path) {
     }
 }
 
-/// Removes the socket of a shim that is gone; one that is served stays, for a
-/// pod's shim serves other bundles too.
+/// Removes the socket of a shim that is gone.
 pub fn forget_socket(bundle: &Path) {
-    if let Some(path) = socket_of(bundle)
-        && UnixStream::connect(&path).is_err()
-    {
+    if let Some(path) = socket_of(bundle) {
         remove_socket(&path);
     }
 }
@@ -279,6 +298,10 @@ mod tests {
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(dir.path().join("d").metadata().unwrap().permissions().mode() & 0o777, 0o700);
         assert_eq!(listen(&path).unwrap_err().kind(), ErrorKind::AlreadyExists);
+        remove_socket(&path);
+        assert!(path.exists(), "it is served");
         drop(served);
+        remove_socket(&path);
+        assert!(!path.exists());
     }
 }

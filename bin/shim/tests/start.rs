@@ -198,6 +198,25 @@ fn too_much_input_is_refused_and_leaves_nothing() {
 }
 
 #[test]
+fn a_shim_that_no_caller_hears_of_is_ended() {
+    let all = Bundles::new();
+    let dir = all.bundle("a", &serde_json::json!({}));
+    let socket = dir.join("s/shim.sock");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(BINARY);
+    command.args(["-namespace", "test", "-id", "a", "-address", "", "-publish-binary", "", "-socket"]);
+    command.arg(&socket).arg("start").current_dir(&dir).stdin(Stdio::null()).stdout(writer);
+    let out = command.stderr(Stdio::piped()).output().unwrap();
+    assert!(!out.status.success(), "{out:?}");
+    for name in ["address", "shim.pid", "s/shim.sock"] {
+        assert!(!dir.join(name).exists(), "{name} is left");
+    }
+    let lives_there = |p: &std::fs::DirEntry| std::fs::read_link(p.path().join("cwd")).is_ok_and(|cwd| cwd == dir);
+    assert!(!std::fs::read_dir("/proc").unwrap().flatten().any(|p| lives_there(&p)), "a shim is left");
+}
+
+#[test]
 fn a_cgroup_that_is_not_there_stops_the_start() {
     let b = Bundles::new();
     let dir = b.bundle("cg", &serde_json::json!({}));
