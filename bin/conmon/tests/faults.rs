@@ -80,6 +80,26 @@ fn no_exec_s_end_is_missed() {
     }
 }
 
+/// Descriptors run out while nobody is attached: who comes then is let in later.
+#[test]
+fn a_shortage_of_descriptors_locks_no_client_out() {
+    use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+    let n = Node::new(&["/bin/sh", "-c", "while :; do echo here; sleep 0.5; done"]);
+    let mut m = n.create(&[]);
+    m.created();
+    n.start();
+    let (monitor, usual) = (Pid::from_raw(m.pid), getrlimit(Resource::Nofile));
+    prlimit(monitor, Resource::Nofile, Rlimit { current: Some(1), ..usual }).unwrap();
+    let client = attach(&n.path("sockets").join(&n.id).join("attach"));
+    // Time enough for it to be refused; on a machine that is too slow nothing is tried.
+    std::thread::sleep(Duration::from_millis(500));
+    let before = m.ticks();
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(m.ticks() - before <= IDLE, "it does not spin");
+    prlimit(monitor, Resource::Nofile, usual).unwrap();
+    assert!(receive(&client, |text| text.contains("here")).contains("here"));
+}
+
 /// Spin on EAGAIN: a client that does not read stalls the container, costs nothing,
 /// and delays neither the exit nor, later, a single byte.
 #[test]

@@ -18,6 +18,7 @@ use rustix::net::{RecvFlags, SendFlags, SocketFlags, SocketType};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 use stdio::Stream;
 use types::{Result, ResultExt};
 
@@ -25,6 +26,9 @@ use types::{Result, ResultExt};
 const PACKET: usize = 32768;
 /// More clients than this wait outside: each costs a descriptor.
 const MOST: usize = 64;
+/// After what time the door is tried again when nobody could be let in, since
+/// descriptors have run out, say.
+const RETRY: Duration = Duration::from_secs(1);
 /// A client that sends without end lets others have their turn.
 const TURNS: usize = 8;
 
@@ -34,6 +38,8 @@ pub struct Attach {
     /// `None` once nobody is let in any more.
     socket: Option<(Named, Option<Link>)>,
     listening: bool,
+    /// When to listen again after a failure; it stays until somebody has come in.
+    retry: Option<Instant>,
     clients: Vec<Client>,
     next: u32,
     /// The end of a client's input is the end of the process's.
@@ -80,7 +86,7 @@ impl Attach {
         rustix::net::listen(&socket.fd, 10).context(|| format!("listen on {}", socket.path().display()))?;
         poll.watch(&socket.fd, Token::Listener, Flags::IN)?;
         let socket = Some((socket, link));
-        Ok(Self { socket, listening: true, clients: Vec::new(), next: 0, ends_stdin, again: false })
+        Ok(Self { socket, listening: true, retry: None, clients: Vec::new(), next: 0, ends_stdin, again: false })
     }
 
     /// Takes in who has come.
@@ -93,10 +99,14 @@ impl Attach {
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
                 Err(Errno::AGAIN) => return,
                 Err(e) => {
-                    crate::say::warn(format_args!("an attach client can't be let in: {e}"));
+                    if self.retry.is_none() {
+                        crate::say::warn(format_args!("an attach client can't be let in: {e}"));
+                    }
+                    self.retry = Some(Instant::now() + RETRY);
                     break;
                 }
             };
+            self.retry = None;
             let id = self.next;
             self.next = self.next.wrapping_add(1);
             let flags = Flags::IN | Flags::OUT | Flags::RDHUP | EDGE;
@@ -107,10 +117,24 @@ impl Attach {
             let (out, input) = (VecDeque::new(), Vec::new());
             self.clients.push(Client { id, fd, out, input, readable: false, sends: true, takes: true });
         }
-        // Those who wait outside are let in when one has left.
+        // Those who wait outside are let in when one has left, or after a while.
         if self.listening {
             poll.forget(&socket.fd);
             self.listening = false;
+        }
+    }
+
+    /// When the door is to be tried again.
+    pub fn due(&self) -> Option<Instant> {
+        self.retry.filter(|_| self.socket.is_some() && !self.listening)
+    }
+
+    fn listen(&mut self, poll: &Poll) {
+        if let Some((socket, _)) = self.socket.as_ref().filter(|_| !self.listening) {
+            self.listening = poll.watch(&socket.fd, Token::Listener, Flags::IN).is_ok();
+            if !self.listening {
+                self.retry = Some(Instant::now() + RETRY);
+            }
         }
     }
 
@@ -161,9 +185,9 @@ impl Attach {
         self.clients.retain(|c| c.takes || c.sends || !c.input.is_empty());
         if self.clients.len() < before {
             sys::malloc::trim();
-            if let Some((socket, _)) = self.socket.as_ref().filter(|_| !self.listening) {
-                self.listening = poll.watch(&socket.fd, Token::Listener, Flags::IN).is_ok();
-            }
+            self.listen(poll);
+        } else if self.due().is_some_and(|due| due <= Instant::now()) {
+            self.listen(poll);
         }
     }
 

@@ -212,7 +212,8 @@ impl Monitor {
         if busy || self.attach.as_ref().is_some_and(|a| a.again) {
             return Some(Instant::now());
         }
-        [self.deadline, self.oom.as_ref().and_then(OomWatch::due)].into_iter().flatten().min()
+        let (oom, door) = (self.oom.as_ref().and_then(OomWatch::due), self.attach.as_ref().and_then(Attach::due));
+        [self.deadline, oom, door].into_iter().flatten().min()
     }
 
     fn event(&mut self, token: Token, flags: Flags, caller: &mut SyncPipe) {

@@ -36,6 +36,8 @@ pub struct K8sFile {
     size_max: u64,
     total_max: u64,
     rotate: Option<u32>,
+    /// Where it may lie; anywhere, where it is empty.
+    allowed: Vec<PathBuf>,
 }
 
 fn open(path: &Path, flags: OFlags) -> Result<File> {
@@ -43,6 +45,14 @@ fn open(path: &Path, flags: OFlags) -> Result<File> {
     rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC | flags, mode)
         .map(File::from)
         .context(|| format!("Failed to open log file {}", path.display()))
+}
+
+/// Opens it for appending, where it may be; made where it is missing.
+fn open_allowed(path: &Path, allowed: &[PathBuf]) -> Result<File> {
+    check_allowed(path, allowed)?;
+    // What was no symlink a moment ago may be one now.
+    let follow = if allowed.is_empty() { OFlags::empty() } else { OFlags::NOFOLLOW };
+    open(path, OFlags::APPEND | OFlags::CREATE | follow)
 }
 
 /// `name` with something behind it.
@@ -73,8 +83,7 @@ impl K8sFile {
     /// # Errors
     /// Those of the file system; `PermissionDenied` outside of the allowed directories.
     pub fn open(path: &Path, settings: &LogSettings) -> Result<Self> {
-        check_allowed(path, &settings.allowed)?;
-        let file = open(path, OFlags::APPEND | OFlags::CREATE)?;
+        let file = open_allowed(path, &settings.allowed)?;
         let meta = file.metadata().context(|| format!("stat log file {}", path.display()))?;
         let waits = !meta.is_file();
         if waits {
@@ -92,6 +101,7 @@ impl K8sFile {
             size_max: settings.size_max.unwrap_or(u64::MAX),
             total_max: settings.total_max.unwrap_or(u64::MAX),
             rotate: settings.rotate,
+            allowed: settings.allowed.clone(),
         })
     }
 
@@ -144,17 +154,35 @@ impl K8sFile {
             self.go_on();
             return;
         }
-        // What was refused before left a line without its end.
-        let start = if std::mem::take(&mut self.torn) { self.file.write_all(b"\n") } else { Ok(()) };
-        match start.and_then(|()| write_counting(&self.file, bytes)) {
+        match self.append(bytes) {
             Ok(()) => self.refused = false,
             Err(e) => {
-                self.torn = true;
                 if !std::mem::replace(&mut self.refused, true) {
                     crate::say::warn(format_args!("log {} takes no more: {e}", self.path.display()));
                 }
             }
         }
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        if self.torn {
+            self.file.write_all(b"\n")?;
+            self.torn = false;
+        }
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match self.file.write(rest) {
+                Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    // What is refused now leaves a line without its end, or nothing at all.
+                    self.torn = rest[n - 1] != b'\n';
+                    rest = &rest[n..];
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
 
     /// Writes what had no room.
@@ -227,6 +255,10 @@ impl K8sFile {
     /// Told that somebody has moved the file away: opens it under its name again, or
     /// rotates where we rotate ourselves. If that fails, the old file is kept.
     pub fn reopen(&mut self) {
+        if let Err(e) = check_allowed(&self.path, &self.allowed) {
+            crate::say::warn(format_args!("log {} goes on in the old file: {e}", self.path.display()));
+            return;
+        }
         if let Some(keep) = self.rotate {
             if let Err(e) = self.rotate(keep) {
                 crate::say::warn(format_args!("log {} goes on in the same file: {e}", self.path.display()));
@@ -237,7 +269,7 @@ impl K8sFile {
         if self.waits {
             return;
         }
-        match open(&self.path, OFlags::APPEND | OFlags::CREATE) {
+        match open_allowed(&self.path, &self.allowed) {
             Ok(file) => {
                 self.written = file.metadata().map_or(0, |m| m.len());
                 self.torn = false;
@@ -255,11 +287,6 @@ impl K8sFile {
             crate::say::warn(format_args!("sync log {}: {e}", self.path.display()));
         }
     }
-}
-
-/// `write_all` on a shared reference.
-fn write_counting(mut file: &File, bytes: &[u8]) -> std::io::Result<()> {
-    file.write_all(bytes)
 }
 
 #[cfg(test)]
@@ -354,6 +381,39 @@ mod tests {
             let e = K8sFile::open(&bad, &settings).unwrap_err();
             assert_eq!(e.kind(), types::ErrorKind::PermissionDenied, "{e}");
         }
+    }
+
+    #[test]
+    fn a_link_that_has_taken_the_log_s_place_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, old) = (dir.path().join("in/log"), dir.path().join("in/old"));
+        let outside = dir.path().join("outside");
+        std::fs::create_dir(dir.path().join("in")).unwrap();
+        let settings = LogSettings { allowed: vec![dir.path().join("in")], ..LogSettings::default() };
+        let mut log = K8sFile::open(&path, &settings).unwrap();
+        std::fs::rename(&path, &old).unwrap();
+        std::os::unix::fs::symlink(&outside, &path).unwrap();
+        log.reopen();
+        log.write(Stream::Stdout, b"one\n");
+        assert!(!outside.exists());
+        assert_eq!(texts(&old), ["F one"]);
+        // Looked at and opened at once: the check alone would come too early.
+        let open = |path: &Path| open(path, OFlags::APPEND | OFlags::NOFOLLOW);
+        assert!(open(&path).is_err() && open(&old).is_ok());
+    }
+
+    #[test]
+    fn a_disk_that_refuses_everything_leaves_no_empty_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = K8sFile::open(&path, &LogSettings::default()).unwrap();
+        // It takes no byte: it is open for reading only.
+        let good = std::mem::replace(&mut log.file, File::open(&path).unwrap());
+        log.write(Stream::Stdout, b"lost\n");
+        assert!(log.refused);
+        log.file = good;
+        log.write(Stream::Stdout, b"next\n");
+        assert_eq!(texts(&path), ["F next"]);
     }
 
     #[test]
