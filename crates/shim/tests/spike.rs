@@ -41,8 +41,8 @@ fn zombies() -> Vec<String> {
     found
 }
 
-/// One kind of exec: script, exit code, output; whether it is killed once its
-/// first byte is there.
+/// One kind of exec: script, exit code, output; whether it is killed once it
+/// sleeps.
 fn kind(n: usize) -> (&'static str, i32, Vec<u8>, bool) {
     match n % 5 {
         0 => ("echo a; exit 3", 3, b"a\n".to_vec(), false),
@@ -51,6 +51,20 @@ fn kind(n: usize) -> (&'static str, i32, Vec<u8>, bool) {
         3 => ("echo k; exec sleep 100", 137, b"k\n".to_vec(), true),
         _ => ("{ sleep 0.3; echo late; } & echo e; while :; do sleep 100; done", 137, b"e\nlate\n".to_vec(), true),
     }
+}
+
+/// Waits until a process, or a child of it, has become the long sleep that its script
+/// ends with.
+async fn sleeps(pid: i32) {
+    for _ in 0..2000 {
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        let is_it = |p: &str| std::fs::read(format!("/proc/{p}/cmdline")).is_ok_and(|c| c.ends_with(b"sleep\0100\0"));
+        if is_it(&pid.to_string()) || children.split_whitespace().any(is_it) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("process {pid} never came to its sleep");
 }
 
 async fn one(n: usize, runtime: Arc<Command>, bundle: Arc<Bundle>) {
@@ -73,7 +87,7 @@ async fn one(n: usize, runtime: Arc<Command>, bundle: Arc<Bundle>) {
         sink.into_kept()
     });
     if kill {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        sleeps(child.pid()).await;
         child.signal(types::Signal::KILL).unwrap();
     }
     let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await.expect("the exit is seen");
