@@ -7,7 +7,6 @@ use ::images::Auth;
 use proto::cri::image_service_server::ImageService;
 use proto::cri::*;
 use serde_json::json;
-use std::time::SystemTime;
 use tonic::{Request, Response, Status};
 use types::{Error, Result};
 
@@ -55,7 +54,7 @@ impl Cri {
     async fn fs_info(&self) -> Result<ImageFsInfoResponse> {
         let usage = self.images.fs_info().await?;
         let filesystem = FilesystemUsage {
-            timestamp: map::nanos(SystemTime::now()),
+            timestamp: map::nanos(usage.timestamp),
             fs_id: Some(FilesystemIdentifier { mountpoint: usage.mountpoint.to_string_lossy().into_owned() }),
             used_bytes: Some(UInt64Value { value: usage.used_bytes }),
             inodes_used: Some(UInt64Value { value: usage.inodes_used }),

@@ -4,6 +4,7 @@
 //! dropped. `list` and `get` answer from memory.
 
 use crate::blobs::Blobs;
+use crate::fs_info::{FsInfo, FsUsage};
 use crate::image::Catalog;
 use crate::import::ImportedImage;
 use crate::install::install;
@@ -13,14 +14,11 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use snapshots::{KeyLocks, Snapshotter};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant, SystemTime};
 use store::Store;
 use types::{Error, Result};
-
-/// How long a walk over the containers' files answers for.
-const FS_INFO_LIFE: Duration = Duration::from_secs(10);
 
 /// The images of this node; clones share them.
 #[derive(Debug, Clone)]
@@ -45,7 +43,7 @@ pub(crate) struct Inner {
     pub(crate) blobs: Blobs,
     /// Pulls under way, which further callers with the same name and secret join.
     pulls: Mutex<HashMap<PullKey, (Pull, Instant)>>,
-    fs_info: tokio::sync::Mutex<Option<(Instant, FsUsage)>>,
+    fs_info: FsInfo,
 }
 
 impl std::fmt::Debug for Inner {
@@ -58,19 +56,6 @@ impl Inner {
     pub(crate) fn catalog(&self) -> RwLockReadGuard<'_, Catalog> {
         self.catalog.read().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Disk use, for `ImageFsInfo`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FsUsage {
-    /// The snapshots' directory.
-    pub mountpoint: PathBuf,
-    /// Layers and containers' changes, in bytes.
-    pub used_bytes: u64,
-    /// Layers and containers' changes.
-    pub inodes_used: u64,
-    /// When it was measured.
-    pub timestamp: SystemTime,
 }
 
 impl Images {
@@ -108,7 +93,7 @@ impl Images {
             layers: KeyLocks::default(),
             blobs,
             pulls: Mutex::default(),
-            fs_info: tokio::sync::Mutex::new(None),
+            fs_info: FsInfo::default(),
         };
         Ok(Images { inner: Arc::new(inner) })
     }
@@ -196,26 +181,23 @@ impl Images {
         removed.map_err(|e| e.within(format!("remove image {reference_or_id}")))
     }
 
-    /// What images and containers use of the disk, at most ten seconds old.
+    /// What images and containers use of the disk: at most ten seconds old, or what the
+    /// last walk over the containers' files has found while the next one takes long.
     ///
     /// # Errors
-    /// When the database or a container's files can't be read.
+    /// When the database can't be read.
     pub async fn fs_info(&self) -> Result<FsUsage> {
-        let mut kept = self.inner.fs_info.lock().await;
-        if let Some((at, usage)) = kept.as_ref()
-            && at.elapsed() < FS_INFO_LIFE
-        {
-            return Ok(usage.clone());
-        }
-        let total = self.inner.snapshots.total_usage().await?;
-        let usage = FsUsage {
-            mountpoint: self.inner.snapshots.root().to_owned(),
-            used_bytes: total.layers.bytes + total.active.bytes,
-            inodes_used: total.layers.inodes + total.active.inodes,
-            timestamp: SystemTime::now(),
+        let snapshots = self.inner.snapshots.clone();
+        let walk = async move {
+            let total = snapshots.total_usage().await?;
+            Ok(FsUsage {
+                mountpoint: snapshots.root().to_owned(),
+                used_bytes: total.layers.bytes + total.active.bytes,
+                inodes_used: total.layers.inodes + total.active.inodes,
+                timestamp: SystemTime::now(),
+            })
         };
-        *kept = Some((Instant::now(), usage.clone()));
-        Ok(usage)
+        self.inner.fs_info.ask(walk).await
     }
 }
 

@@ -12,6 +12,7 @@
 mod blobs;
 mod config;
 mod digest;
+mod fs_info;
 mod image;
 mod images;
 mod import;
@@ -24,8 +25,9 @@ mod unpack;
 
 pub use config::{ImagesConfig, RegistryConfig};
 pub use digest::{Digest, Hasher};
+pub use fs_info::FsUsage;
 pub use image::{Image, ImageId};
-pub use images::{FsUsage, Images};
+pub use images::Images;
 pub use import::ImportedImage;
 pub use platform::Platform;
 pub use reference::{Reference, Selector};

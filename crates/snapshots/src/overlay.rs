@@ -505,7 +505,8 @@ impl Snapshotter for Overlay {
                     Ok(usage) => total.active += usage,
                     // Removed since it was listed.
                     Err(e) if e.kind() == ErrorKind::NotFound => {}
-                    Err(e) => return Err(e),
+                    // What can't be counted of one container hides no other's.
+                    Err(e) => tracing::warn!("the disk use of a container is not counted: {e}"),
                 }
             }
             Ok(total)
