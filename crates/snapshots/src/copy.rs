@@ -13,6 +13,7 @@ use std::path::Path;
 use types::{Error, Result, ResultExt};
 
 const CAPABILITY: &CStr = c"security.capability";
+const ACLS: [&CStr; 2] = [c"system.posix_acl_access", c"system.posix_acl_default"];
 /// The largest attribute that the kernel takes, in bytes.
 const XATTR_MAX: usize = 64 << 10;
 
@@ -79,7 +80,11 @@ impl Copier<'_> {
                 continue;
             }
             let n = rustix::fs::fgetxattr(from, name, &mut value[..]).context(what)?;
-            let data = if name == CAPABILITY { self.namespaced(&value[..n])? } else { value[..n].to_vec() };
+            let data = match name {
+                name if name == CAPABILITY => self.namespaced(&value[..n])?,
+                name if ACLS.contains(&name) => mapped_acl(self.map, &value[..n])?,
+                _ => value[..n].to_vec(),
+            };
             rustix::fs::fsetxattr(to, name, &data, XattrFlags::empty()).context(what)?;
         }
         Ok(())
@@ -177,10 +182,55 @@ impl Visitor for Copier<'_> {
     }
 }
 
+/// A POSIX access control list with its users and groups mapped as owners are: a version
+/// of 4 bytes, then entries of 8 (tag, permissions, id), little endian
+/// (linux/posix_acl_xattr.h).
+fn mapped_acl(map: &IdMap, value: &[u8]) -> Result<Vec<u8>> {
+    const USER: u16 = 0x02;
+    const GROUP: u16 = 0x08;
+    let mut mapped = value.to_vec();
+    for entry in mapped.get_mut(4..).unwrap_or_default().chunks_exact_mut(8) {
+        let (tag, id) = (u16::from_le_bytes([entry[0], entry[1]]), [entry[4], entry[5], entry[6], entry[7]]);
+        let id = match tag {
+            USER => map.uid(u32::from_le_bytes(id))?,
+            GROUP => map.gid(u32::from_le_bytes(id))?,
+            _ => continue,
+        };
+        entry[4..].copy_from_slice(&id.to_le_bytes());
+    }
+    Ok(mapped)
+}
+
 #[allow(clippy::unnecessary_cast, reason = "the width of these fields differs between platforms")]
 fn times(stat: &Stat) -> Timestamps {
     Timestamps {
         last_access: Timespec { tv_sec: stat.st_atime as i64, tv_nsec: stat.st_atime_nsec as _ },
         last_modification: Timespec { tv_sec: stat.st_mtime as i64, tv_nsec: stat.st_mtime_nsec as _ },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::IdRange;
+
+    #[test]
+    fn users_and_groups_of_access_lists_are_mapped() {
+        let range = |host| vec![IdRange { container: 0, host, size: 1000 }];
+        let map = IdMap { uids: range(100_000), gids: range(200_000) };
+        // user::rwx, user:5:r--, group::r--, group:6:rw-, mask::rwx, other::---
+        let list = |user: u32, group: u32| {
+            let entries: [(u16, u16, u32); 6] =
+                [(1, 7, !0), (2, 4, user), (4, 4, !0), (8, 6, group), (0x10, 7, !0), (0x20, 0, !0)];
+            let mut bytes = 2u32.to_le_bytes().to_vec();
+            for (tag, permissions, id) in entries {
+                bytes.extend([tag.to_le_bytes(), permissions.to_le_bytes()].concat());
+                bytes.extend(id.to_le_bytes());
+            }
+            bytes
+        };
+        assert_eq!(mapped_acl(&map, &list(5, 6)).unwrap(), list(100_005, 200_006));
+        assert!(mapped_acl(&map, &list(5000, 6)).is_err());
+        assert_eq!(mapped_acl(&map, &[2]).unwrap(), [2]);
     }
 }
