@@ -23,7 +23,7 @@ use ::http::HeaderValue;
 use auth::Challenge;
 use http::{Asked, Clients, Trust};
 use reqwest::{Response, StatusCode, Url};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -64,7 +64,7 @@ impl Session {
     pub(crate) fn new(config: &ImagesConfig, reference: &Reference, auth: Option<Auth>) -> Result<Self> {
         let registry = config.registry(&reference.registry);
         Ok(Self {
-            endpoints: endpoints(&reference.registry, &registry)?,
+            endpoints: endpoints(&reference.registry, &registry, &config.registries)?,
             auth: auth.filter(|a| a.is_for(&reference.registry)),
             reference: reference.clone(),
             tokens: Mutex::default(),
@@ -151,9 +151,20 @@ fn is_loopback(registry: &str) -> bool {
     loopback && port != "443"
 }
 
-fn endpoints(registry: &str, config: &RegistryConfig) -> Result<Vec<Endpoint>> {
+/// The mirrors and then the registry itself. What `configured` says of a mirror's own host goes
+/// before what its registry says, so that one can be trusted without the other.
+fn endpoints(
+    registry: &str,
+    config: &RegistryConfig,
+    configured: &BTreeMap<String, RegistryConfig>,
+) -> Result<Vec<Endpoint>> {
     let mut all = Vec::new();
-    let trust = Trust { insecure: config.insecure_skip_verify, ca_file: config.ca_file.clone() };
+    let trust_of = |c: &RegistryConfig| Trust { insecure: c.insecure_skip_verify, ca_file: c.ca_file.clone() };
+    let own = |mirror: &Url| {
+        let host = mirror.host_str()?;
+        let with_port = mirror.port_or_known_default().and_then(|port| configured.get(&format!("{host}:{port}")));
+        with_port.or_else(|| configured.get(host).filter(|_| mirror.port().is_none()))
+    };
     let base = |text: &str| {
         let url = Url::parse(text).context_kind(ErrorKind::InvalidArgument, || format!("read the address {text:?}"))?;
         if matches!(url.scheme(), "http" | "https") && url.has_host() {
@@ -163,12 +174,9 @@ fn endpoints(registry: &str, config: &RegistryConfig) -> Result<Vec<Endpoint>> {
         }
     };
     for mirror in &config.mirrors {
-        all.push(Endpoint {
-            base: base(mirror)?,
-            origin: false,
-            trust: trust.clone(),
-            answered: AtomicBool::default(),
-        });
+        let base = base(mirror)?;
+        let trust = trust_of(own(&base).unwrap_or(config));
+        all.push(Endpoint { base, origin: false, trust, answered: AtomicBool::default() });
     }
     if !config.mirror_only || all.is_empty() {
         let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
@@ -176,7 +184,7 @@ fn endpoints(registry: &str, config: &RegistryConfig) -> Result<Vec<Endpoint>> {
         all.push(Endpoint {
             base: base(&format!("{scheme}://{host}"))?,
             origin: true,
-            trust,
+            trust: trust_of(config),
             answered: AtomicBool::default(),
         });
     }
@@ -257,12 +265,29 @@ mod tests {
     fn mirrors_come_first_and_the_registry_last() {
         let mut config = RegistryConfig { mirrors: vec!["http://127.0.0.1:5000".into()], ..Default::default() };
         let bases = |c: &RegistryConfig| -> Vec<String> {
-            endpoints("docker.io", c).unwrap().iter().map(|e| e.base.to_string()).collect()
+            endpoints("docker.io", c, &BTreeMap::new()).unwrap().iter().map(|e| e.base.to_string()).collect()
         };
         assert_eq!(bases(&config), ["http://127.0.0.1:5000/", "https://registry-1.docker.io/"]);
         config.mirror_only = true;
         assert_eq!(bases(&config), ["http://127.0.0.1:5000/"]);
         config.mirrors = vec!["ftp://x".into()];
-        assert!(endpoints("docker.io", &config).is_err());
+        assert!(endpoints("docker.io", &config, &BTreeMap::new()).is_err());
+    }
+
+    #[test]
+    fn a_mirror_is_trusted_as_its_own_host_says() {
+        let mirrors = ["https://own.example", "https://own.example:8443", "https://other.example"];
+        let config = RegistryConfig { mirrors: mirrors.map(Into::into).into(), ..Default::default() };
+        let insecure = RegistryConfig { insecure_skip_verify: true, ..Default::default() };
+        let trusts = |config: &RegistryConfig, configured: &[(&str, &RegistryConfig)]| -> Vec<bool> {
+            let configured = configured.iter().map(|(host, c)| ((*host).to_owned(), (*c).clone())).collect();
+            endpoints("docker.io", config, &configured).unwrap().iter().map(|e| e.trust.insecure).collect()
+        };
+        assert_eq!(trusts(&config, &[("own.example", &insecure)]), [true, false, false, false]);
+        assert_eq!(trusts(&config, &[("own.example:8443", &insecure)]), [false, true, false, false]);
+        assert_eq!(trusts(&config, &[("own.example:443", &insecure)]), [true, false, false, false]);
+        assert_eq!(trusts(&config, &[("*", &insecure)]), [false; 4]);
+        let all = RegistryConfig { insecure_skip_verify: true, ..config };
+        assert_eq!(trusts(&all, &[("own.example", &RegistryConfig::default())]), [false, true, true, true]);
     }
 }
