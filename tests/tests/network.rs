@@ -527,6 +527,49 @@ async fn after_a_restart_of_the_node_plugins_are_told_of_no_namespace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_torn_record_keeps_no_pod_from_going() {
+    let w = World::with("").await;
+    w.configure("10-bridge.conflist", &bridge(&w.dirs).to_string());
+    let pod = w.cri.run_pod(&w.pod("p")).await.unwrap();
+    let record = w.daemon.dir().join("root/cni/results").join(&w.records()[0]);
+    // As a loss of power leaves a file whose name came to the disk before its content.
+    std::fs::write(&record, "").unwrap();
+    w.remove(&pod).await;
+    let bad = format!("test-{pod}-eth0.bad");
+    assert_eq!((w.records(), w.leases()), (vec![bad.clone()], Vec::new()));
+    assert!(!netns(&pod).exists());
+    std::fs::remove_file(record.with_file_name(bad)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_detachment_that_hangs_keeps_no_daemon_from_its_start() {
+    let mut w = World::with("").await;
+    let (hang, calls) = (w.daemon.dir().join("hang"), w.daemon.dir().join("calls"));
+    w.script(
+        "sleepy",
+        &format!(
+            "if [ $CNI_COMMAND = DEL ]; then [ -e {} ] && exec sleep 600; echo DEL >>{}; fi\n\
+             [ $CNI_COMMAND = ADD ] && echo '{{\"cniVersion\":\"1.0.0\",\"ips\":[{{\"address\":\"10.9.9.9/24\"}}]}}'\nexit 0",
+            hang.display(),
+            calls.display()
+        ),
+    );
+    w.configure("10-sleepy.conflist", r#"{"cniVersion":"1.0.0","name":"sleepy","plugins":[{"type":"sleepy"}]}"#);
+    let pod = w.cri.run_pod(&w.pod("p")).await.unwrap();
+    w.daemon.kill();
+    std::fs::write(&hang, "").unwrap();
+    w.daemon.sql("UPDATE meta SET value = 'another' WHERE key = 'boot_id'");
+    w.daemon.begin().await;
+    w.cri = w.daemon.cri().await;
+    let status = w.cri.pod_status(&pod).await.unwrap().status.unwrap();
+    assert_eq!(status.state(), PodSandboxState::SandboxNotready);
+    assert_eq!(w.records().len(), 1, "it is still attached");
+    std::fs::remove_file(&hang).unwrap();
+    wait_for("it is detached", 4 * BOUND, || calls.exists() && w.records().is_empty());
+    w.remove(&pod).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_detachment_that_fails_is_tried_again() {
     let w = World::with("").await;
     let broken = w.daemon.dir().join("broken");

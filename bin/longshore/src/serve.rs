@@ -108,7 +108,12 @@ async fn serve(config: Config) -> Result<()> {
         quarantine: pods::Quarantine::default(),
         health: pods::Health::default(),
     };
-    let pods = Pods::start(Arc::new(shared), events).await?;
+    // It may have much to find again; what it has not finished by then, the next one does.
+    let pods = tokio::select! {
+        pods = Pods::start(Arc::new(shared), events) => pods?,
+        _ = term.recv() => return stopped_early(store),
+        _ = int.recv() => return stopped_early(store),
+    };
     let node = Node {
         version: env!("CARGO_PKG_VERSION").to_string(),
         systemd_cgroup: config.runtime.cgroup_driver == CgroupDriver::Systemd,
@@ -132,6 +137,12 @@ async fn serve(config: Config) -> Result<()> {
     shims.release(spec::OWN_PARENT);
     let _ = std::fs::remove_file(&config.socket);
     drop(pods);
+    store.close();
+    Ok(())
+}
+
+fn stopped_early(store: Store) -> Result<()> {
+    tracing::info!("stopping before what was there is found again; containers run on");
     store.close();
     Ok(())
 }
@@ -294,6 +305,11 @@ fn own_unit(cgroup: &str) -> Option<&str> {
         .filter(|p| p.ends_with(".service"))
 }
 
+/// Where attachments by CNI plugins are recorded.
+pub(crate) fn cni_records(config: &Config) -> PathBuf {
+    config.root.join("cni/results")
+}
+
 /// Ranges of IPv6 are left out where the node has none.
 fn network_config(config: &Config) -> Result<network::NetworkConfig> {
     let (cni, builtin) = (&config.network.cni, &config.network.builtin);
@@ -310,7 +326,7 @@ fn network_config(config: &Config) -> Result<network::NetworkConfig> {
             networks: cni.networks.clone(),
             plugin_timeout: Duration::from_secs(cni.plugin_timeout),
             gc: cni.gc,
-            cache_dir: config.root.join("cni/results"),
+            cache_dir: cni_records(config),
         },
         builtin: network::BuiltinConfig {
             bridge: builtin.bridge.clone(),

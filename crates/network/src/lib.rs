@@ -39,6 +39,7 @@ pub use netns::NetnsDir;
 use ::types::{Error, Result};
 use checks::Checks;
 use cni::{Cni, CniConfig};
+use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -55,6 +56,8 @@ const ATTACH_BOUND: Duration = Duration::from_secs(100);
 const DETACH_BOUND: Duration = Duration::from_secs(60);
 /// The database's key of the pod CIDR: a kubelet tells it once, not to each daemon.
 const POD_CIDR: &str = "pod_cidr";
+/// So many pods that nobody knows any more are detached at a time.
+const AT_ONCE: usize = 8;
 /// How soon and how seldom what could not be detached, of pods that nobody knows any
 /// more, is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
@@ -348,20 +351,22 @@ impl Network {
     }
 
     async fn detach_strays(self) {
+        let this = &self;
         let (mut wait, longest) = RETRY;
         loop {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(longest);
             let strays = self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            for pod in strays {
-                match self.detach_by(&pod, self.0.builtin.detach(&pod)).await {
+            let detach = |pod: String| async move {
+                match this.detach_by(&pod, this.0.builtin.detach(&pod)).await {
                     Ok(()) => {
                         tracing::info!("pod {pod:.12} is detached from its network at last");
-                        self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).remove(&pod);
+                        this.0.strays.lock().unwrap_or_else(PoisonError::into_inner).remove(&pod);
                     }
                     Err(e) => tracing::warn!("what is left of pod {pod:.12}: {e}"),
                 }
-            }
+            };
+            futures::stream::iter(strays).for_each_concurrent(AT_ONCE, detach).await;
             // The lock is held for the decision: who comes later starts a new task.
             if self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
                 return;

@@ -85,6 +85,12 @@ impl NetworkList {
         }
         let version = version(&conf)?;
         let plugins = match conf.get("plugins") {
+            None if !conf.contains_key("type") => {
+                return Err(Error::invalid("it has neither \"plugins\" nor a \"type\"").hint(
+                    "plugins that lie in files of their own (loadOnlyInlinedPlugins false) are not read: write them \
+                     into \"plugins\"",
+                ));
+            }
             None => vec![plugin(&conf)?],
             Some(Value::Array(all)) => {
                 let all = all.iter().enumerate().map(|(n, p)| match p {

@@ -26,9 +26,11 @@ mod told;
 use crate::Readiness;
 use crate::types::{AttachRequest, Attached, Net};
 use ::types::{Error, Result, ResultExt};
-use cache::{Cache, Record};
+pub use cache::given_up;
+use cache::{Cache, Found, Record, Torn};
 use conf_dir::{ConfDir, Loaded};
 use config::NetworkList;
+use futures::StreamExt;
 use plugin::{Plugins, Subject, Verb};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -41,6 +43,12 @@ use std::time::{Duration, Instant};
 const STATUS_COUNTS: Duration = Duration::from_secs(5);
 /// The longest that STATUS may take, whatever other verbs may.
 const STATUS_BOUND: Duration = Duration::from_secs(5);
+/// How long a daemon that starts waits for the end of old attachments before it goes on
+/// with its start, and for GC, which no new attachment may come across.
+const COLLECT_BOUND: Duration = Duration::from_secs(10);
+const GC_BOUND: Duration = Duration::from_secs(5);
+/// So many pods are detached at a time.
+const AT_ONCE: usize = 8;
 
 /// Where configurations and plugins are.
 #[derive(Debug, Clone)]
@@ -168,7 +176,7 @@ impl Cni {
             record.netns.clone_from(&request.netns);
             record.cni_args.clone_from(&args);
             record.capability_args.clone_from(&capabilities);
-            self.cache.put(&record)?;
+            self.store(&record).await?;
             let result = self.add(list, &mut record).await?;
             let attachment = result::attachment(&result, &interface);
             let attachment = attachment.map_err(|e| e.within(format!("network {}", list.name)))?;
@@ -193,9 +201,14 @@ impl Cni {
                 )
             })?;
             record.result = Some(answer.into());
-            self.cache.put(record)?;
+            self.store(record).await?;
         }
         record.result.clone().ok_or_else(|| Error::internal(format!("the network {} has no plugins", list.name)))
+    }
+
+    async fn store(&self, record: &Record) -> Result<()> {
+        let (cache, record) = (self.cache.clone(), record.clone());
+        crate::blocking("record an attachment", move || cache.put(&record)).await
     }
 
     /// Detaches a pod from whatever it was attached to, the last network first; none
@@ -204,9 +217,12 @@ impl Cni {
     /// # Errors
     /// All failures, joined; what has failed stays recorded.
     pub async fn detach(&self, pod: &str) -> Result<()> {
-        let (records, mut errors) = self.cache.of(pod);
+        let Found { records, torn, mut errors } = self.cache.of(pod);
         for record in records.iter().rev() {
             errors.extend(self.detach_one(record).await.err());
+        }
+        for torn in &torn {
+            errors.extend(self.detach_torn(torn).await.err());
         }
         Error::join(&format!("detach pod {pod:.12} from its CNI networks"), errors)
     }
@@ -232,6 +248,33 @@ impl Cni {
         Error::join(&format!("interface {}", record.if_name), errors).map_err(|e| e.copy().hint(hint()))
     }
 
+    /// As far as its name and the network's configuration of today go: no plugin hears
+    /// what it once answered, and what it would not free then, nobody can say. Then the
+    /// record is given up, or the pod could never be removed.
+    async fn detach_torn(&self, torn: &Torn) -> Result<()> {
+        let Torn { pod, network, interface, error, .. } = torn;
+        tracing::warn!("pod {pod:.12}: {error}; DEL is asked for by today's configuration, and the record given up");
+        let loaded = match &self.conf_dir {
+            Some(dir) => dir.loaded(),
+            None => Arc::new(Loaded::load(&self.config.conf_dir, &Loaded::default())),
+        };
+        let list = loaded.networks.iter().find(|(_, l)| l.name == *network).map(|(_, l)| l.clone());
+        let subject = || Subject { pod, netns: Path::new(""), interface, args: &[] };
+        match list {
+            None => tracing::warn!("the network {network} is not configured any more: nobody can be asked"),
+            Some(list) => {
+                for plugin in list.plugins.iter().rev() {
+                    let input = list.input(plugin, None, &Map::new());
+                    let run = self.plugins.run(&list, &plugin.kind, Verb::Del, Some(subject()), &input);
+                    if let Err(e) = run.await {
+                        tracing::warn!("pod {pod:.12}: {e}");
+                    }
+                }
+            }
+        }
+        self.cache.give_up(torn)
+    }
+
     fn unreadable(&self, record: &Record, e: Error) -> Error {
         e.within(format!("the attachment {}", self.cache.path(record).display()))
             .hint("repair the file, or remove it to give up what it stands for")
@@ -242,7 +285,8 @@ impl Cni {
     /// # Errors
     /// What the plugins find amiss.
     pub async fn check(&self, pod: &str) -> Result<()> {
-        let (records, errors) = self.cache.of(pod);
+        let Found { records, torn, mut errors } = self.cache.of(pod);
+        errors.extend(torn.into_iter().map(|t| t.error));
         Error::join("read its attachments", errors)?;
         for record in &records {
             let list = record.config().and_then(|c| NetworkList::parse(&c)).map_err(|e| self.unreadable(record, e))?;
@@ -301,32 +345,44 @@ impl Cni {
 
     /// Frees what former daemons left: ends plugins that still run, detaches pods that
     /// are not `live`, and lets the plugins that can forget whatever else they hold.
-    /// To be called before pods are made. Gives the pods that could not be detached
-    /// and what failed.
+    /// To be called before pods are made; a plugin that hangs keeps it no longer than
+    /// about 20 s. Gives the pods that are not detached and what failed.
     pub async fn collect(&self, live: &BTreeSet<String>) -> (BTreeSet<String>, Vec<Error>) {
-        let (records, mut errors) = self.cache.all();
-        let pods: BTreeSet<String> = records.iter().map(|r| r.container_id.clone()).collect();
+        let (pods, mut errors) = (self.attached(), self.cache.all().errors);
         if !pods.is_empty() {
             errors.extend(end_plugins(pods.clone()).await.err());
         }
-        let stale: Vec<&String> = pods.difference(live).collect();
-        let mut left = BTreeSet::new();
-        let detached = futures::future::join_all(stale.iter().map(|pod| self.detach(pod))).await;
-        for (pod, outcome) in stale.into_iter().zip(detached) {
-            if let Err(e) = outcome {
-                errors.push(e);
-                left.insert(pod.clone());
-            } else {
-                tracing::info!("detached pod {pod:.12}, which is no more, from its CNI networks");
+        let stale: Vec<String> = pods.difference(live).cloned().collect();
+        let mut left: BTreeSet<String> = stale.iter().cloned().collect();
+        let all = async {
+            let detach = |pod: String| async move { (self.detach(&pod).await, pod) };
+            let mut detached = futures::stream::iter(stale).map(detach).buffer_unordered(AT_ONCE).boxed();
+            while let Some((outcome, pod)) = detached.next().await {
+                match outcome {
+                    Ok(()) => {
+                        tracing::info!("detached pod {pod:.12}, which is no more, from its CNI networks");
+                        left.remove(&pod);
+                    }
+                    Err(e) => errors.push(e),
+                }
             }
+        };
+        if tokio::time::timeout(COLLECT_BOUND, all).await.is_err() {
+            let what = format!("detaching {} pods that are no more from their CNI networks", left.len());
+            errors.push(crate::overdue(COLLECT_BOUND, &what).hint("it goes on while the daemon serves"));
         }
-        errors.extend(self.collect_garbage().await);
+        match tokio::time::timeout(GC_BOUND, self.collect_garbage()).await {
+            Ok(more) => errors.extend(more),
+            Err(_) => errors.push(crate::overdue(GC_BOUND, "GC by CNI plugins").hint("the next start asks again")),
+        }
         (left, errors)
     }
 
-    /// The pods that records name; one that can't be read names none.
+    /// The pods that records name.
     pub fn attached(&self) -> BTreeSet<String> {
-        self.cache.all().0.into_iter().map(|r| r.container_id).collect()
+        let found = self.cache.all();
+        let torn = found.torn.into_iter().map(|t| t.pod);
+        found.records.into_iter().map(|r| r.container_id).chain(torn).collect()
     }
 
     /// Ends the plugins that still run for a pod whose attachment was given up, and
@@ -343,9 +399,9 @@ impl Cni {
         let mut errors = Vec::new();
         // Without a configuration there is nobody to ask, which Status says.
         let lists = if self.config.gc { self.selected(&self.loaded()).unwrap_or_default() } else { Vec::new() };
-        let (records, unreadable) = self.cache.all();
+        let Found { records, torn, errors: unreadable } = self.cache.all();
         for list in lists.iter().filter(|l| l.version.has_gc_and_status() && !l.disable_gc) {
-            if !unreadable.is_empty() {
+            if !(torn.is_empty() && unreadable.is_empty()) {
                 // What can't be read may be valid.
                 break;
             }

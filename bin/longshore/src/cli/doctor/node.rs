@@ -75,6 +75,13 @@ pub(super) fn directory(all: &mut Findings, check: &'static str, dir: &Path) {
 /// The CNI configurations, where they are or may be used.
 pub(super) fn cni(all: &mut Findings, config: &Config) {
     let (mode, cni) = (config.network.mode, &config.network.cni);
+    for bad in network::cni::given_up(&crate::serve::cni_records(config)) {
+        all.warn(
+            "cni",
+            format!("the record {} of an attachment could not be read, and was given up", bad.display()),
+            "look whether its network still holds an address of the pod that its name tells, and remove the file",
+        );
+    }
     if !matches!(mode, network::Mode::Cni | network::Mode::Auto) {
         return all.ok("cni", format!("not in use: network.mode is {mode:?}"));
     }
