@@ -4,18 +4,21 @@
 //! facts/node.rs     the kernel, the cgroups, the daemon's own rights: once, at start
 //! facts/host.rs     the devices and mounts that one configuration names
 //! facts/layered.rs  files of an image by its unpacked layers, before anything is mounted
+//! facts/look.rs     how host paths are looked at that may never answer
 //! facts/mountinfo.rs  /proc/self/mountinfo
 //! ```
 //!
-//! All of it is blocking IO on local, mostly in-memory files; `spec` decides.
+//! All of it is blocking IO, mostly on local files in memory; `spec` decides.
 
 mod host;
 mod layered;
+mod look;
 mod mountinfo;
 mod node;
 
 pub use host::{host_facts, make_missing, read_profile};
 pub use layered::LayeredRoot;
+pub use look::{Look, looking};
 pub use node::node_facts;
 pub use spec::NodeFacts;
 

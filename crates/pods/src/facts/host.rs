@@ -1,7 +1,7 @@
 //! What one container's configuration names on the host: devices, mount sources,
 //! a seccomp profile.
 
-use super::mountinfo;
+use super::{Look, mountinfo};
 use proto::cri;
 use spec::{HostDevice, HostFacts};
 use std::io::Read;
@@ -23,10 +23,11 @@ const OWN_DEVICES: [&str; 2] = ["console", "ptmx"];
 ///
 /// # Errors
 /// A directory that can't be read, or one with more devices than is sensible.
-pub fn host_facts(config: &cri::ContainerConfig) -> Result<HostFacts> {
+pub fn host_facts(config: &cri::ContainerConfig, look: &Look) -> Result<HostFacts> {
     let mut facts = HostFacts::default();
     for device in &config.devices {
-        facts.devices.insert(device.host_path.clone(), devices_at(Path::new(&device.host_path), &[], &[])?);
+        let path = Path::new(&device.host_path);
+        facts.devices.insert(device.host_path.clone(), look.at(path, || devices_at(path, &[], &[]))??);
     }
     let privileged = config.linux.as_ref().and_then(|l| l.security_context.as_ref()).is_some_and(|s| s.privileged);
     if privileged {
@@ -38,7 +39,8 @@ pub fn host_facts(config: &cri::ContainerConfig) -> Result<HostFacts> {
     if !propagating.is_empty() {
         let mounts = mountinfo::read()?;
         for m in propagating {
-            if let Some(carrier) = mountinfo::carrier(&mounts, &existing(Path::new(&m.host_path))) {
+            let path = Path::new(&m.host_path);
+            if let Some(carrier) = mountinfo::carrier(&mounts, &look.at(path, || existing(path))?) {
                 facts.propagation.insert(m.host_path.clone(), carrier.propagation);
             }
         }
@@ -103,19 +105,20 @@ fn device(path: &Path, metadata: &std::fs::Metadata) -> Option<HostDevice> {
 ///
 /// # Errors
 /// The first that can't be made or looked at, a dangling symlink among them.
-pub fn make_missing(paths: &[PathBuf]) -> Result<()> {
-    for path in paths {
-        match std::fs::metadata(path) {
-            Ok(_) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(path)
-                .or_else(|e| unusable(e, || format!("make the host path {} of a mount", path.display())))?,
-            Err(e) => unusable(e, || format!("look at the host path {} of a mount", path.display()))?,
-        }
+pub fn make_missing(paths: &[PathBuf], look: &Look) -> Result<()> {
+    paths.iter().try_for_each(|path| look.at(path, || make_one(path))?)
+}
+
+fn make_one(path: &Path) -> Result<()> {
+    match std::fs::metadata(path) {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(path)
+            .or_else(|e| unusable(e, || format!("make the host path {} of a mount", path.display()))),
+        Err(e) => unusable(e, || format!("look at the host path {} of a mount", path.display())),
     }
-    Ok(())
 }
 
 /// What is in the way of a host path is the configuration's fault; a full or
@@ -169,7 +172,7 @@ mod tests {
             }],
             ..Default::default()
         };
-        let facts = host_facts(&config).unwrap();
+        let facts = host_facts(&config, &Look::here()).unwrap();
         let null = &facts.devices["/dev/null"][0];
         assert_eq!((null.block, null.major, null.minor), (false, 1, 3));
         assert!(facts.devices["/no/such"].is_empty() && facts.devices["/etc/passwd"].is_empty());
@@ -184,13 +187,13 @@ mod tests {
         let file = dir.path().join("file");
         std::fs::write(&file, "x").unwrap();
         let missing = dir.path().join("a/b");
-        make_missing(&[file.clone(), missing.clone()]).unwrap();
+        make_missing(&[file.clone(), missing.clone()], &Look::here()).unwrap();
         assert!(missing.is_dir() && file.is_file());
         assert_eq!(missing.metadata().unwrap().mode() & 0o7000, 0);
         let dangling = dir.path().join("dangling");
         std::os::unix::fs::symlink("/no/such/target", &dangling).unwrap();
         for in_the_way in [file.join("below"), dangling] {
-            assert_eq!(make_missing(&[in_the_way]).unwrap_err().kind(), ErrorKind::InvalidArgument);
+            assert_eq!(make_missing(&[in_the_way], &Look::here()).unwrap_err().kind(), ErrorKind::InvalidArgument);
         }
     }
 

@@ -11,6 +11,7 @@ use super::{PodContext, image_mounts};
 use crate::facts::{self, LayeredRoot};
 use crate::journal::Write;
 use crate::sandbox::{ContainerPid, container_pid};
+use crate::shared::Shared;
 use crate::state::{ContainerInfo, ContainerRecord, ContainerState, User};
 use fault::Step as Fault;
 use images::Image;
@@ -154,13 +155,15 @@ async fn make_spec(
     let request = spec::user_request(&sc, &defaults)?;
     let profile = spec::seccomp_profile_path(&sc)?;
     let owned = config.clone();
-    let (rootfs, host, profile) = tokio::task::spawn_blocking(move || -> Result<_> {
-        let rootfs = facts::rootfs_facts(&root, &request)?;
-        let host = facts::host_facts(&owned)?;
-        Ok((rootfs, host, profile.map(|p| facts::read_profile(&p)).transpose()?))
+    let rootfs = tokio::task::spawn_blocking(move || facts::rootfs_facts(&root, &request))
+        .await
+        .context(|| "look at the image's users".into())??;
+    let (host, profile) = facts::looking(move |look| {
+        let host = facts::host_facts(&owned, look)?;
+        let read = |path: PathBuf| look.at(&path, || facts::read_profile(&path))?;
+        Ok((host, profile.map(read).transpose()?))
     })
-    .await
-    .context(|| "look at the image's users".into())??;
+    .await?;
     let image_mounts = image_mounts::prepare(ctx, id, config).await?;
     let pid = container_pid(&pod.state.sandbox.plan, sc.namespace_options.as_ref())?;
     let pid = pid_mode(ctx, id, pid).await?;
@@ -189,8 +192,31 @@ async fn make_spec(
         tracing::warn!("container {id:.12}: {warning}");
     }
     let missing = made.ensure.clone();
-    tokio::task::spawn_blocking(move || facts::make_missing(&missing)).await.context(|| "make host paths".into())??;
+    facts::looking(move |look| facts::make_missing(&missing, look)).await?;
+    warn_unlabelled(id, &made);
     Ok(made)
+}
+
+/// Once: that SELinux does not part containers here from each other.
+fn warn_unlabelled(id: &str, made: &ContainerSpec) {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    let labelled = made.spec.process().as_ref().is_some_and(|p| p.selinux_label().is_some());
+    if !labelled && std::fs::read_to_string("/sys/fs/selinux/enforce").is_ok_and(|e| e.trim() == "1") {
+        SAID.call_once(|| {
+            tracing::warn!(
+                "SELinux is enforcing, and container {id:.12} has no label: containers get none but those that the \
+                 kubelet asks for, and files are never labelled"
+            );
+        });
+    }
+}
+
+/// Fails where a pid target has ended since its pid was looked up: the pid may be
+/// somebody else's by now, and what was pinned by it too.
+pub(super) fn confirm_target(shared: &Shared, target: &str, pid: u32) -> Result<()> {
+    let (id, pod) = shared.registry.container(target)?;
+    let lives = pod.view().containers.iter().any(|c| c.id == id && crate::running_pid(c) == Some(pid));
+    if lives { Ok(()) } else { Err(Error::precondition(format!("its pid target {id:.12} has just ended"))) }
 }
 
 async fn pid_mode(ctx: &PodContext, id: &str, pid: ContainerPid) -> Result<PidMode> {
@@ -214,12 +240,7 @@ async fn pid_mode(ctx: &PodContext, id: &str, pid: ContainerPid) -> Result<PidMo
             }
             let target_pid = crate::admission::exec(target)?;
             let pin = ctx.shared.sandboxes.pin_target(&ctx.pod.id, id, target_pid).await?;
-            // Still that container's: a pid that ended and came again would be another's.
-            let again = handle.1.view();
-            let lives = again.containers.iter().any(|c| c.id == handle.0 && crate::running_pid(c) == Some(target_pid));
-            if !lives {
-                return Err(Error::precondition(format!("its pid target {:.12} has just ended", handle.0)));
-            }
+            confirm_target(&ctx.shared, &handle.0, target_pid)?;
             PidMode::Path(pin)
         }
     })
@@ -234,8 +255,9 @@ async fn write_files(ctx: &PodContext, id: &str, made: &ContainerSpec, log: Opti
     let process = serde_json::to_string(&made.spec.process()).context(|| "encode the process".into())?;
     write_file(&dir.join("config.json"), config).await?;
     write_file(&dir.join("process.json"), process).await?;
-    if let Some(parent) = log.and_then(Path::parent) {
-        tokio::fs::create_dir_all(parent).await.context(|| format!("make the log directory {}", parent.display()))?;
+    if let Some(parent) = log.and_then(Path::parent).map(Path::to_path_buf) {
+        let what = format!("make the log directory {}", parent.display());
+        facts::looking(move |look| look.at(&parent, || std::fs::create_dir_all(&parent))?.context(|| what)).await?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@
 
 use super::pod_spec;
 use crate::journal::Write;
-use crate::sandbox::{NamespacePlan, SandboxRequest, SandboxState};
+use crate::sandbox::{NamespacePlan, PidPlan, SandboxRequest, SandboxState};
 use crate::shared::Shared;
 use crate::state::{PodInfo, PodPhase, PodState, pod_name};
 use network::PodNetwork;
@@ -62,6 +62,9 @@ async fn build(shared: &Arc<Shared>, new: &NewPod, created_at: SystemTime) -> Re
     let sandbox = async {
         let setup = shared.bounded("making namespaces", shared.sandboxes.setup(request));
         let sandbox = timelines.timed(&new.id, OP, "namespaces", "", setup).await?;
+        if let PidPlan::Target { container, pid } = &new.plan.pid {
+            super::create::confirm_target(shared, container, *pid)?;
+        }
         let network = match &sandbox.net {
             Some(netns) => timelines.timed(&new.id, OP, "network", "", attach(shared, new, &sandbox, netns)).await?,
             None => PodNetwork::default(),
