@@ -14,7 +14,10 @@ async fn start() -> (Daemon, Cri) {
     let daemon = Daemon::start().await;
     daemon.import(&busybox(), IMAGE);
     let below = Layer::new().dir("etc/", 0o755).file("etc/a", b"from below", 0o644).file("etc/gone", b"x", 0o644);
+    let below = below.dir("cut/", 0o755).file("cut/gone", b"x", 0o644);
     let above = Layer::new().dir("etc/", 0o755).file("etc/b", b"from above", 0o644).file("etc/.wh.gone", b"", 0o644);
+    let above = above.dir("cut/", 0o755).file("cut/.wh..wh..opq", b"", 0o644).file("cut/.wh.gone", b"", 0o644);
+    let above = above.file("cut/kept", b"x", 0o644);
     daemon.import(&ImageBuilder::scratch().layer(below).layer(above), DATA);
     daemon.import(&ImageBuilder::scratch().file("only", b"one layer", 0o644), PLAIN);
     let cri = daemon.cri().await;
@@ -47,11 +50,15 @@ async fn images_are_mounted_read_only_and_kept_while_a_container_has_them() {
         image_mount("/part", DATA, "etc"),
         image_mount("/b", DATA, "etc/b"),
         image_mount("/plain", PLAIN, ""),
+        image_mount("/cut", DATA, "cut"),
     ];
     let id = cri.run(&pod, &c, &config).await.unwrap();
-    let script = "cat /data/etc/a /data/etc/b /part/a /b /plain/only; ls /data/etc /part";
-    let expected =
-        (0, "from belowfrom abovefrom belowfrom aboveone layer/data/etc:\na\nb\n\n/part:\na\nb\n".to_string());
+    let script = "cat /data/etc/a /data/etc/b /part/a /b /plain/only; ls /data/etc /part /cut";
+    let expected = (
+        0,
+        "from belowfrom abovefrom belowfrom aboveone layer/cut:\nkept\n\n/data/etc:\na\nb\n\n/part:\na\nb\n"
+            .to_string(),
+    );
     assert_eq!(read(&cri, &id, script).await, expected);
     for path in ["/data/x", "/part/x", "/plain/x", "/b"] {
         let (code, _) = read(&cri, &id, &format!("echo x > {path}")).await;
@@ -70,8 +77,8 @@ async fn images_are_mounted_read_only_and_kept_while_a_container_has_them() {
     let layers = || std::fs::read_dir(daemon.dir().join("root/snapshots")).unwrap().count();
     let with = layers();
     cri.remove(&id).await.unwrap();
-    // Three layers of the two images, the container's top, and those of four mounts.
-    assert_eq!(with - layers(), 8, "what nothing needs any more is removed");
+    // Three layers of the two images, the container's top, and those of five mounts.
+    assert_eq!(with - layers(), 9, "what nothing needs any more is removed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

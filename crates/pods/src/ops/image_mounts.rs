@@ -54,16 +54,33 @@ pub async fn prepare(ctx: &PodContext, id: &str, config: &ContainerConfig) -> Re
         let prepare = shared.snapshots.prepare(&key, Some(&image.chain_id), idmap.as_ref());
         let made = shared.bounded("keeping an image's layers", prepare).await.map_err(|e| e.within(within()))?;
         // The snapshot's own top is no part of the image.
-        let lower: Vec<String> =
-            made.into_iter().flat_map(|m| m.options).filter(|o| o.starts_with("lowerdir=")).collect();
+        let (lower, own): (Vec<String>, Vec<String>) =
+            made.into_iter().flat_map(|m| m.options).partition(|o| o.starts_with("lowerdir="));
+        let own = own.iter().find_map(|o| o.strip_prefix("upperdir=")).map(PathBuf::from);
+        // Overlayfs, which hides an image's whiteouts, is not to be had in a user namespace.
+        let own = own.filter(|_| idmap.is_none());
         let sub_path = mount.image_sub_path.clone();
-        let layers = tokio::task::spawn_blocking(move || LayeredRoot::from_overlay(&lower).at(&sub_path))
+        let layers = tokio::task::spawn_blocking(move || whole(&LayeredRoot::from_overlay(&lower), &sub_path, own))
             .await
             .context(within)?
             .map_err(|e| e.within(within()))?;
         found.insert(mount.container_path.clone(), layers);
     }
     Ok(found)
+}
+
+/// The layers of what a sub-path shows. A directory that an upper layer has cut from all
+/// below it is in one layer alone and may have whiteouts in it still, which only
+/// overlayfs hides; that takes two, so the snapshot's empty directory comes below.
+fn whole(image: &LayeredRoot, sub_path: &str, empty: Option<PathBuf>) -> Result<Vec<PathBuf>> {
+    let mut layers = image.at(sub_path)?;
+    if let [one] = &layers[..]
+        && image.0.len() > 1
+        && one.is_dir()
+    {
+        layers.extend(empty);
+    }
+    Ok(layers)
 }
 
 /// Lets the images' layers go; goes on whatever fails.
