@@ -11,6 +11,13 @@ use types::{Error, Result};
 /// A grace period that never ends in practice: a kubelet's is hours at most.
 const LONGEST_GRACE: u64 = 365 * 24 * 3600;
 
+/// StopContainer's timeout: -1 is the default of 10 s (behaviours.md section 2), any other
+/// negative number a caller's mistake for "at once", as in both peers.
+fn grace(seconds: i64) -> Duration {
+    let seconds = if seconds == -1 { 10 } else { u64::try_from(seconds).unwrap_or(0) };
+    Duration::from_secs(seconds.min(LONGEST_GRACE))
+}
+
 impl Cri {
     pub(crate) async fn create(&self, r: CreateContainerRequest) -> Result<CreateContainerResponse> {
         let config = r.config.ok_or_else(|| Error::invalid("the request has no container configuration"))?;
@@ -24,9 +31,7 @@ impl Cri {
     }
 
     pub(crate) async fn stop(&self, r: StopContainerRequest) -> Result<StopContainerResponse> {
-        // Negative is a caller's mistake for "at once", as in both peers.
-        let seconds = u64::try_from(r.timeout).unwrap_or(0).min(LONGEST_GRACE);
-        self.pods.stop_container(&r.container_id, Duration::from_secs(seconds)).await?;
+        self.pods.stop_container(&r.container_id, grace(r.timeout)).await?;
         Ok(StopContainerResponse {})
     }
 
@@ -104,5 +109,16 @@ fn death(c: &ContainerInfo) -> serde_json::Value {
             json!({ "certificate": certificate, "reason": reason.as_str() })
         }
         _ => serde_json::Value::Null,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stop_without_a_grace_period_of_its_own_has_ten_seconds() {
+        let seconds = [-1, 0, -2, i64::MIN, 30, i64::MAX].map(|s| grace(s).as_secs());
+        assert_eq!(seconds, [10, 0, 0, 0, 30, LONGEST_GRACE]);
     }
 }

@@ -81,8 +81,8 @@ fn ports(mappings: &[cri::PortMapping]) -> Result<Vec<PortMapping>> {
             protocol,
             container_port: port("container port", mapping.container_port)?,
             host_port: port("host port", mapping.host_port)?,
-            // Every address of a family is no one address.
-            host_ip: host_ip.filter(|ip| !ip.is_unspecified()),
+            // 0.0.0.0 and :: are all addresses of their own family, and none of the other.
+            host_ip,
         });
     }
     Ok(ports)
@@ -184,7 +184,9 @@ mod tests {
         };
         let got = ports(&[mapping(0, 80, ""), mapping(8080, 80, "0.0.0.0"), mapping(81, 80, "::1")]).unwrap();
         assert_eq!(got.len(), 2);
-        assert_eq!((got[0].host_port, got[0].host_ip, got[0].protocol), (8080, None, Protocol::Udp));
+        let ipv4_alone = Some(IpAddr::from([0, 0, 0, 0]));
+        assert_eq!((got[0].host_port, got[0].host_ip, got[0].protocol), (8080, ipv4_alone, Protocol::Udp));
+        assert_eq!(ports(&[mapping(80, 80, "")]).unwrap()[0].host_ip, None);
         assert_eq!(got[1].host_ip, Some("::1".parse().unwrap()));
         for bad in [mapping(70_000, 80, ""), mapping(80, 0, ""), mapping(-1, 80, ""), mapping(80, 80, "localhost")] {
             assert!(ports(&[bad]).is_err());

@@ -243,8 +243,6 @@ pub struct ImageDefaults {
     pub working_dir: String,
     /// USER as `user[:group]`; empty for none.
     pub user: String,
-    /// STOPSIGNAL; empty for none.
-    pub stop_signal: String,
     /// VOLUME paths.
     pub volumes: Vec<String>,
 }
@@ -258,7 +256,6 @@ impl From<&oci_spec::image::ImageConfiguration> for ImageDefaults {
             env: config.env().clone().unwrap_or_default(),
             working_dir: config.working_dir().clone().unwrap_or_default(),
             user: config.user().clone().unwrap_or_default(),
-            stop_signal: config.stop_signal().clone().unwrap_or_default(),
             volumes: config.volumes().clone().unwrap_or_default(),
         }
     }

@@ -39,7 +39,7 @@ pub use pod::{
     INIT, SysctlNamespace, check_hostname, check_pod, check_sysctls, log_path, pod_annotations, pod_bundle_spec,
     sandbox_init_spec, sysctl_namespace, user_namespace,
 };
-pub use process::{exec_process, exec_process_json, stop_signal};
+pub use process::{exec_process, exec_process_json};
 pub use resources::{OWN_PARENT, apply_update, cgroups_path, linux_resources};
 pub use seccomp::default_profile as default_seccomp_profile;
 pub use security::{DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, seccomp_profile_path};

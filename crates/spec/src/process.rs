@@ -6,7 +6,7 @@ use crate::paths;
 use oci_spec::runtime::Process;
 use proto::cri;
 use std::path::PathBuf;
-use types::{Error, Result, ResultExt, Signal};
+use types::{Error, Result, ResultExt};
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -147,19 +147,6 @@ pub fn exec_process_json(own: &str, cmd: Vec<String>, tty: bool) -> Result<Strin
     serde_json::to_string(&exec_process(&own, cmd, tty)?).context(|| "exec: encode the process".into())
 }
 
-/// The signal that asks the container to stop: CRI's, else the image's, else
-/// SIGTERM. What an image says wrongly counts as nothing said.
-pub fn stop_signal(config: &cri::ContainerConfig, image: &ImageDefaults) -> Signal {
-    let from_cri = match config.stop_signal() {
-        cri::Signal::RuntimeDefault => None,
-        named => {
-            let name = named.as_str_name().trim_start_matches("SIGNAL_").replace("PLUS", "+").replace("MINUS", "-");
-            name.parse().ok()
-        }
-    };
-    from_cri.or_else(|| image.stop_signal.parse().ok()).unwrap_or(Signal::TERM)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,22 +237,6 @@ mod tests {
         assert_eq!(dir("").unwrap(), PathBuf::from("/"));
         let image = ImageDefaults { working_dir: "app".into(), ..Default::default() };
         assert_eq!(cwd(&Default::default(), &image).unwrap(), PathBuf::from("/app"));
-    }
-
-    #[test]
-    fn every_cri_signal_has_a_number() {
-        for n in 0..100 {
-            let Ok(signal) = cri::Signal::try_from(n) else { continue };
-            let config = cri::ContainerConfig { stop_signal: n, ..Default::default() };
-            let image = ImageDefaults { stop_signal: "SIGUSR1".into(), ..Default::default() };
-            let got = stop_signal(&config, &image);
-            if signal == cri::Signal::RuntimeDefault {
-                assert_eq!(got.number(), 10);
-            } else {
-                assert!(got.number() != 10 || signal.as_str_name().contains("USR1"), "{signal:?}");
-            }
-        }
-        assert_eq!(stop_signal(&Default::default(), &Default::default()), Signal::TERM);
     }
 
     proptest! {

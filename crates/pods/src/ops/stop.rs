@@ -16,11 +16,8 @@ const KILL_WAIT: Duration = Duration::from_secs(10);
 
 /// The stop signal: CRI's own, else the image's, else SIGTERM.
 fn stop_signal(info: &ContainerInfo) -> Signal {
-    let asked = proto::cri::Signal::try_from(info.config.stop_signal).unwrap_or_default();
-    let by_cri = match asked {
-        proto::cri::Signal::RuntimeDefault => None,
-        other => crate::signals::from_cri(other),
-    };
+    let asked = proto::cri::Signal::try_from(info.config.stop_signal).ok();
+    let by_cri = asked.and_then(crate::signals::from_cri);
     by_cri.or_else(|| info.record.image_stop_signal.parse().ok()).unwrap_or(Signal::TERM)
 }
 

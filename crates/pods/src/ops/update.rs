@@ -16,6 +16,16 @@ pub fn merge_resources(
         ($($field:ident),*) => {$( if new.$field != 0 { merged.$field = new.$field; } )*};
     }
     take_number!(cpu_period, cpu_quota, cpu_shares, memory_limit_in_bytes, oom_score_adj, memory_swap_limit_in_bytes);
+    // A limit on memory and swap together that nobody has set anew must not stay below
+    // the new one on memory, which it includes.
+    let (memory, swap) = (merged.memory_limit_in_bytes, merged.memory_swap_limit_in_bytes);
+    if new.memory_limit_in_bytes != 0
+        && new.memory_swap_limit_in_bytes == 0
+        && swap > 0
+        && (memory > swap || memory < 0)
+    {
+        merged.memory_swap_limit_in_bytes = memory;
+    }
     for (to, from) in [(&mut merged.cpuset_cpus, &new.cpuset_cpus), (&mut merged.cpuset_mems, &new.cpuset_mems)] {
         if !from.is_empty() {
             to.clone_from(from);
@@ -70,5 +80,26 @@ mod tests {
         let merged = merge_resources(Some(&old), &new);
         assert_eq!((merged.cpu_shares, merged.memory_limit_in_bytes), (20, 5));
         assert_eq!((merged.cpuset_cpus.as_str(), merged.cpuset_mems.as_str()), ("0", "1"));
+    }
+
+    #[test]
+    fn a_raised_memory_limit_raises_the_one_with_swap() {
+        let limits = |memory, swap| LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            memory_swap_limit_in_bytes: swap,
+            ..Default::default()
+        };
+        for (old, new, expected) in [
+            ((100, 100), (200, 0), (200, 200)),
+            ((100, 300), (200, 0), (200, 300)),
+            ((100, 100), (50, 0), (50, 100)),
+            ((100, 100), (-1, 0), (-1, -1)),
+            ((100, -1), (200, 0), (200, -1)),
+            ((100, 0), (200, 0), (200, 0)),
+            ((100, 100), (200, 150), (200, 150)),
+        ] {
+            let merged = merge_resources(Some(&limits(old.0, old.1)), &limits(new.0, new.1));
+            assert_eq!(merged, limits(expected.0, expected.1), "{old:?} with {new:?}");
+        }
     }
 }

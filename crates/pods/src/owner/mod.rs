@@ -22,6 +22,7 @@ use crate::shared::Shared;
 use crate::state::{ContainerInfo, PodInfo, PodView};
 use proto::cri::{ContainerConfig, LinuxContainerResources};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -217,6 +218,8 @@ pub struct Owner {
     remove: Option<Vec<Reply<()>>>,
     removing: bool,
     gone: bool,
+    /// The pod's state is not in the database, or not yet.
+    unsaved: Arc<AtomicBool>,
 }
 
 impl Owner {
@@ -255,6 +258,7 @@ impl Owner {
             remove: None,
             removing: false,
             gone: false,
+            unsaved: Arc::default(),
         };
         for id in old_tasks {
             owner.delete_old_task(id);
@@ -368,6 +372,12 @@ impl Owner {
         self.pod = Arc::new(next);
         self.publish();
         let id = &self.pod.id;
+        let unsaved = self.unsaved.clone();
+        unsaved.store(true, Ordering::Release);
+        let then = move |saved: Result<()>| {
+            unsaved.store(saved.is_err(), Ordering::Release);
+            then(saved);
+        };
         match json {
             Ok(json) => self.shared.journal.submit(Write::PodState(id.clone(), json), then),
             Err(e) => then(Err(types::Error::internal(format!("encode pod {id}")).because(e))),

@@ -6,6 +6,7 @@ use crate::journal::Write;
 use crate::ops;
 use crate::state::{PodInfo, PodPhase};
 use runtime::PodProcess;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use types::{Error, Result};
 
@@ -17,7 +18,12 @@ impl Owner {
 
     pub(super) fn stop_pod(&mut self, reply: Reply<()>) {
         if self.stop.is_none() && self.pod.state.torn_down && self.slots.values().all(|s| s.is_quiet()) {
-            let _ = reply.send(Ok(()));
+            if self.unsaved.load(Ordering::Acquire) {
+                // Stopped, but a full disk may have kept that from being stored.
+                self.set_pod(PodInfo::clone(&self.pod), move |saved| answer(vec![reply], &saved));
+            } else {
+                let _ = reply.send(Ok(()));
+            }
             return;
         }
         self.begin_stop(Some(reply));
