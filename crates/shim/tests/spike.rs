@@ -58,7 +58,8 @@ fn kind(n: usize) -> (&'static str, i32, Vec<u8>, bool) {
 async fn sleeps(pid: i32) {
     for _ in 0..2000 {
         let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        let is_it = |p: &str| std::fs::read(format!("/proc/{p}/cmdline")).is_ok_and(|c| c.ends_with(b"sleep\0100\0"));
+        let is_it =
+            |p: &str| std::fs::read(format!("/proc/{p}/cmdline")).is_ok_and(|c| c.ends_with(b"sleep\x00100\x00"));
         if is_it(&pid.to_string()) || children.split_whitespace().any(is_it) {
             return;
         }
