@@ -133,6 +133,38 @@ async fn a_shim_that_speaks_grpc_runs_pods() {
     cri.remove_pod(&pod).await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_that_waits_for_a_dead_daemon_to_read_holds_up_no_end() {
+    let (mut daemon, cri) = start(&grpc()).await;
+    let before = daemon.footprint();
+    let config = daemon.pod("unread");
+    let pod = cri.run_pod_by("grpc", &config).await.unwrap();
+    let id = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
+    let bundle = daemon.bundles().join(&pod).join("tasks").join(&id);
+    let hold = bundle.join("hold-exec-start");
+    std::fs::write(&hold, "").unwrap();
+    let pending = tokio::spawn({
+        let (cri, id) = (cri.clone(), id.clone());
+        async move { cri.exec(&id, &["sleep", "100000"], 0).await }
+    });
+    wait_for("the shim starts the exec", BOUND, || bundle.join("exec-start-held").exists());
+    daemon.kill();
+    assert!(pending.await.unwrap().is_err());
+    std::fs::remove_file(&hold).unwrap();
+    // Only now does it look for a reader, and there is none.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    daemon.begin().await;
+    let cri = daemon.cri().await;
+    let execs = || std::fs::read_dir(bundle.join("execs")).map_or(0, Iterator::count);
+    wait_for("the exec is gone", BOUND, || execs() == 0);
+    assert_eq!(cri.exec(&id, &["echo", "on"], 10).await.unwrap().stdout, "on\n");
+    cri.stop(&id, 0).await.unwrap();
+    assert_eq!(cri.status(&id).await.unwrap().exit_code, 137);
+    cri.stop_pod(&pod).await.unwrap();
+    cri.remove_pod(&pod).await.unwrap();
+    daemon.leaves_nothing_but(&before);
+}
+
 fn exe(pid: u32) -> String {
     std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default().to_string_lossy().into_owned()
 }

@@ -119,6 +119,19 @@ fn open(dir: &std::path::Path) -> Result<Readers> {
     Ok(Readers { out, err, nodes })
 }
 
+/// The reading ends of an exec that another daemon began, where they are there.
+fn open_again(dir: &std::path::Path) -> [Option<OwnedFd>; 2] {
+    ["out", "err"].map(|name| stdio::fifo::open_reader(&dir.join(name)).ok())
+}
+
+/// Reads what nobody wants to know any more.
+async fn drain(fd: Option<OwnedFd>) -> Result<()> {
+    match fd {
+        Some(fd) => stdio::collect(fd, &mut Capped::new(0)).await,
+        None => Ok(()),
+    }
+}
+
 /// Goes on with `io` while `work` is awaited; `io` ends at most once.
 async fn alongside<T>(
     io: &mut Pin<&mut impl Future<Output = Result<()>>>,
@@ -409,7 +422,16 @@ impl Inner {
                 dir: dir.clone(),
                 stays: AtomicBool::default(),
             };
-            exec.kill_and_delete().await;
+            // Go's shim waits in Start until somebody reads the FIFOs, and answers neither a
+            // Kill of the exec nor the container's Wait until then. A call over gRPC outlives
+            // the daemon that made it, so that only a new reader ends this.
+            let d = dir.clone();
+            let [out, err] = blocking(move || Ok(open_again(&d))).await.unwrap_or_default();
+            let mut io = pin!(async {
+                let both = tokio::join!(drain(out), drain(err));
+                both.0.and(both.1)
+            });
+            alongside(&mut io, exec.kill_and_delete(), &mut None).await;
             if exec.stays.load(Ordering::Relaxed) {
                 continue;
             }
