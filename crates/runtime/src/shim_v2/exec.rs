@@ -361,15 +361,22 @@ impl Exec {
     /// Takes the exec out of the shim, under a bound of its own.
     async fn delete(&self) {
         let bound = self.shim.timeouts().cleanup;
-        let request = wire::DeleteRequest { id: self.container.clone(), exec_id: self.id.clone() };
-        match call(bound, self.shim.task().delete(bound, request)).await {
-            Ok(_) | Err(Fault::Closed) => {}
-            Err(e) if e.is_not_found() => {}
-            Err(e) => {
-                // Its directory leads the next daemon to it.
-                self.stays.store(true, Ordering::Relaxed);
-                let e = e.within(&self.what("delete"), bound);
-                tracing::warn!(error = %e, "an exec stays in the shim until its container ends");
+        let mut again = !self.shim.own();
+        loop {
+            let request = wire::DeleteRequest { id: self.container.clone(), exec_id: self.id.clone() };
+            match call(bound, self.shim.task().delete(bound, request)).await {
+                Ok(_) | Err(Fault::Closed) => return,
+                Err(e) if e.is_not_found() => return,
+                // Go's (1.7 and later) waits up to 10 s for whoever holds the output; cut
+                // short by the bound it deletes all the same, just when we stop listening.
+                Err(Fault::Late) if again => again = false,
+                Err(e) => {
+                    // Its directory leads the next daemon to it.
+                    self.stays.store(true, Ordering::Relaxed);
+                    let e = e.within(&self.what("delete"), bound);
+                    tracing::warn!(error = %e, "an exec stays in the shim until its container ends");
+                    return;
+                }
             }
         }
     }
