@@ -140,6 +140,11 @@ impl Cri {
         serde_json::from_str(&info["info"]).map_err(|e| Status::internal(e.to_string()))
     }
 
+    /// The pid of a container's init; 0 for one that does not run.
+    pub async fn pid_of(&self, id: &str) -> Result<u32, Status> {
+        Ok(u32::try_from(self.info(id).await?["pid"].as_u64().unwrap_or(0)).unwrap())
+    }
+
     /// PodSandboxStatus, verbose.
     pub async fn pod_status(&self, id: &str) -> Result<PodSandboxStatusResponse, Status> {
         let request = PodSandboxStatusRequest { pod_sandbox_id: id.into(), verbose: true };

@@ -27,6 +27,9 @@ pub fn bin_dir() -> PathBuf {
     dir
 }
 
+/// The name of [`busybox`]'s image where a test has no other.
+pub const IMAGE: &str = "localhost/test/busybox:1";
+
 /// An image of busybox-static that every test may use.
 pub fn busybox() -> ImageBuilder {
     ImageBuilder::busybox().cmd(["sh"])
@@ -51,6 +54,14 @@ impl Daemon {
     /// Starts one with the default configuration.
     pub async fn start() -> Self {
         Self::with("").await
+    }
+
+    /// Starts one that has [`IMAGE`].
+    pub async fn stocked() -> (Self, Cri) {
+        let daemon = Self::start().await;
+        daemon.import(&busybox(), IMAGE);
+        let cri = daemon.cri().await;
+        (daemon, cri)
     }
 
     /// Starts one with a configuration file.

@@ -13,7 +13,7 @@ mod node;
 mod peer;
 
 pub use client::{Cri, container, pod};
-pub use daemon::{Daemon, bin_dir, busybox, signal};
+pub use daemon::{Daemon, IMAGE, bin_dir, busybox, signal};
 pub use handler::{Handler, handler, not_with, not_with_monitors};
 pub use net::NodeNet;
 pub use node::{

@@ -1,12 +1,11 @@
 //! The command line against a real daemon, shim and runtime: what `run` passes on,
 //! how it ends, and that nothing is left of it.
 
-use longshore_tests::{Daemon, Leftovers, bin_dir, busybox, wait_for};
+use longshore_tests::{Daemon, IMAGE, Leftovers, bin_dir, busybox, wait_for};
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
 
 /// A daemon with an image, and a cgroup of the test's own for its pods.

@@ -8,7 +8,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, Footprint, NodeNet, bin_dir, busybox, children, command_line, container, signal, wait_for,
+    Cri, Daemon, Footprint, IMAGE, NodeNet, bin_dir, busybox, children, command_line, container, signal, wait_for,
 };
 use proto::cri::*;
 use std::collections::{BTreeMap, VecDeque};
@@ -20,7 +20,6 @@ use testkit::TempRoot;
 use tokio::task::JoinSet;
 use tonic::Status;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(60);
 /// So many daemons walk the points side by side.
 const WALKERS: usize = 4;
@@ -174,7 +173,7 @@ impl Life {
             ContainerState::ContainerRunning => {}
             _ => panic!("it ended though nobody wanted that: {status:?}"),
         }
-        self.lives = Some((id.clone(), pid_of(cri, &id).await?));
+        self.lives = Some((id.clone(), cri.pid_of(&id).await?));
         Ok(())
     }
 
@@ -226,14 +225,10 @@ impl Life {
         }
         if let Some((id, pid)) = &self.lives {
             assert_eq!(cri.status(id).await.unwrap().state(), ContainerState::ContainerRunning, "{when}");
-            assert_eq!(pid_of(cri, id).await.unwrap(), *pid, "{when}");
+            assert_eq!(cri.pid_of(id).await.unwrap(), *pid, "{when}");
             assert_eq!(command_line(*pid), "sleep 100000", "{when}: a running container has died");
         }
     }
-}
-
-async fn pid_of(cri: &Cri, id: &str) -> Result<u32, Status> {
-    Ok(u32::try_from(cri.info(id).await?["pid"].as_u64().unwrap_or(0)).unwrap())
 }
 
 /// StartContainer, again while the daemon still cleans up after its restart.

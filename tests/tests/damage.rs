@@ -2,22 +2,14 @@
 //! (with a real shim and runtime).
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
-use longshore_tests::{Cri, Daemon, busybox, command_line, container, wait_for};
+use longshore_tests::{Cri, Daemon, IMAGE, command_line, container, wait_for};
 use proto::cri::*;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
-
-async fn start() -> (Daemon, Cri) {
-    let daemon = Daemon::start().await;
-    daemon.import(&busybox(), IMAGE);
-    let cri = daemon.cri().await;
-    (daemon, cri)
-}
 
 /// What a client is told of a pod and its containers that must not change.
 async fn told(cri: &Cri, pod: &str) -> (PodSandboxStatus, Vec<Container>, Vec<ContainerStatus>) {
@@ -29,10 +21,6 @@ async fn told(cri: &Cri, pod: &str) -> (PodSandboxStatus, Vec<Container>, Vec<Co
         all.push(cri.status(&c.id).await.unwrap());
     }
     (status, listed, all)
-}
-
-async fn pid_of(cri: &Cri, id: &str) -> u32 {
-    u32::try_from(cri.info(id).await.unwrap()["pid"].as_u64().unwrap()).unwrap()
 }
 
 fn scribble(path: &Path, at: u64, len: usize) {
@@ -61,7 +49,7 @@ const DAMAGES: [Damage; 4] = [
 
 #[tokio::test(flavor = "multi_thread")]
 async fn from_a_damaged_database_everything_comes_back_and_goes_on() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let before = daemon.footprint();
     let mut config = daemon.pod("damage");
     config.log_directory = daemon.dir().join("logs").to_string_lossy().into_owned();
@@ -75,7 +63,7 @@ async fn from_a_damaged_database_everything_comes_back_and_goes_on() {
     let ended = cri.run(&pod, &container("ended", IMAGE, &["sh", "-c", "exit 5"]), &config).await.unwrap();
     assert_eq!(cri.exited(&ended, BOUND).await.exit_code, 5);
     let created = cri.create(&pod, &container("created", IMAGE, &["sh", "-c", "exit 6"]), &config).await.unwrap();
-    let (pid, known) = (pid_of(&cri, &main).await, told(&cri, &pod).await);
+    let (pid, known) = (cri.pid_of(&main).await.unwrap(), told(&cri, &pod).await);
     wait_for("it has written", BOUND, || daemon.log().contains("CRI"));
     drop(cri);
     for (what, damage) in DAMAGES {
@@ -84,7 +72,7 @@ async fn from_a_damaged_database_everything_comes_back_and_goes_on() {
         daemon.begin().await;
         let cri = daemon.cri().await;
         assert!(daemon.log().contains("was damaged"), "{what}");
-        assert_eq!(pid_of(&cri, &main).await, pid, "{what}");
+        assert_eq!(cri.pid_of(&main).await.unwrap(), pid, "{what}");
         assert_eq!(told(&cri, &pod).await, known, "{what}");
         assert_eq!(cri.exec(&main, &["cat", "/kept"], 10).await.unwrap().stdout, "kept\n", "{what}");
         let image = ImageSpec { image: IMAGE.into(), ..Default::default() };
@@ -105,7 +93,7 @@ async fn from_a_damaged_database_everything_comes_back_and_goes_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_database_lies_aside() {
-    let (mut daemon, _) = start().await;
+    let (mut daemon, _) = Daemon::stocked().await;
     daemon.terminate();
     scribble(&daemon.dir().join("root/db/longshore.db"), 0, 4096);
     daemon.begin().await;
@@ -143,11 +131,11 @@ impl Drop for Closed {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_directory_that_cannot_be_written_to_is_named_with_its_remedy() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let config = daemon.pod("closed");
     let pod = cri.run_pod(&config).await.unwrap();
     let id = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
-    let pid = pid_of(&cri, &id).await;
+    let pid = cri.pid_of(&id).await.unwrap();
     daemon.terminate();
     for (dir, flag) in [("state", "--state"), ("root", "--root")] {
         let dir = daemon.dir().join(dir);
@@ -163,7 +151,7 @@ async fn a_directory_that_cannot_be_written_to_is_named_with_its_remedy() {
     }
     daemon.begin().await;
     let cri = daemon.cri().await;
-    assert_eq!(pid_of(&cri, &id).await, pid);
+    assert_eq!(cri.pid_of(&id).await.unwrap(), pid);
 
     // One that is closed while the daemon runs: calls fail and name it, nothing is half
     // made, and once it is open again all goes on.

@@ -2,13 +2,12 @@
 //! nothing left behind.
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
-use longshore_tests::{Cri, Daemon, Footprint, Handler, busybox, container, not_with};
+use longshore_tests::{Cri, Daemon, Footprint, Handler, IMAGE, busybox, container, not_with};
 use proto::cri::*;
 use std::time::Duration;
 use testkit::TempRoot;
 use tonic::{Code, Status};
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
 
 /// A daemon with one pod, in which things fail.

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, Handler, busybox, children, container, handler, in_pid_namespace, open_fds, own_memory_kib, wait_for,
+    Cri, Daemon, Handler, IMAGE, busybox, children, container, handler, in_pid_namespace, open_fds, own_memory_kib,
+    wait_for,
 };
 use proto::cri::{ContainerConfig, Int64Value, KeyValue};
 use std::sync::Arc;
@@ -12,7 +13,6 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tonic::Code;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(20);
 /// Seconds; short, so that the tests are.
 const DRAIN: u64 = 2;

@@ -2,14 +2,13 @@
 //! The whole suite runs with it by `LONGSHORE_TEST_HANDLER=go-shim`.
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
-use longshore_tests::{Cri, Daemon, busybox, command_line, container, signal, wait_for};
+use longshore_tests::{Cri, Daemon, IMAGE, busybox, command_line, container, signal, wait_for};
 use proto::cri::*;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 use testkit::TempRoot;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
 const HANDLER: &str = "[runtimes.go]\nshim = \"io.containerd.runc.v2\"\n";
 

@@ -2,7 +2,7 @@
 //! shim or configuration change (behaviours.md section 3).
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
-use longshore_tests::{Cri, Daemon, bin_dir, busybox, container, signal, wait_for};
+use longshore_tests::{Cri, Daemon, IMAGE, bin_dir, busybox, container, signal, wait_for};
 use prost::Message;
 use proto::containerd::events::{TaskExit, TaskOom};
 use proto::cri::*;
@@ -11,7 +11,6 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 use tonic::Code;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
 /// Speaks gRPC and stands before our own shim.
 const GRPC_SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-grpctest-v2");

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, Handler, busybox, children, command_line, container, handler, in_pid_namespace, namespace,
+    Cri, Daemon, Handler, IMAGE, busybox, children, command_line, container, handler, in_pid_namespace, namespace,
     not_with_monitors, signal, wait_for,
 };
 use proto::cri::*;
@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tonic::Code;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
 
 async fn start(config: &str) -> (Daemon, Cri) {

@@ -2,7 +2,7 @@
 //! faults that real ones don't have. Each test has a node's network of its own.
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
-use longshore_tests::{Cri, Daemon, NodeNet, busybox, container, netns, wait_for};
+use longshore_tests::{Cri, Daemon, IMAGE, NodeNet, busybox, container, netns, wait_for};
 use proto::cri::*;
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use testkit::TempRoot;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
 /// Where Debian's containernetworking-plugins has them. Others are asked for by hand:
 /// `LONGSHORE_TEST_CNI` names the folder of plugins that speak CNI 1.1.

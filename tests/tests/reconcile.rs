@@ -2,7 +2,7 @@
 //! ours stays (with a real shim and runtime).
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
-use longshore_tests::{Cri, Daemon, busybox, command_line, container, handler, wait_for};
+use longshore_tests::{Daemon, IMAGE, busybox, command_line, container, handler, wait_for};
 use proto::cri::*;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -11,19 +11,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tonic::Code;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
-
-async fn start() -> (Daemon, Cri) {
-    let daemon = Daemon::start().await;
-    daemon.import(&busybox(), IMAGE);
-    let cri = daemon.cri().await;
-    (daemon, cri)
-}
-
-async fn pid_of(cri: &Cri, id: &str) -> u32 {
-    u32::try_from(cri.info(id).await.unwrap()["pid"].as_u64().unwrap()).unwrap()
-}
 
 /// The findings of one check.
 fn doctor(daemon: &Daemon, check: &str, more: &[&str]) -> Vec<Value> {
@@ -39,7 +27,7 @@ fn says(findings: &[Value], part: &str) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_records_are_put_aside_and_everything_else_goes_on() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let before = daemon.footprint();
     let (bad, odd, well) = (daemon.pod("bad"), daemon.pod("odd"), daemon.pod("well"));
     let sleep = || container("main", IMAGE, &["sleep", "100000"]);
@@ -52,7 +40,7 @@ async fn bad_records_are_put_aside_and_everything_else_goes_on() {
     let second = cri.run(&well_id, &container("second", IMAGE, &["sleep", "100000"]), &well).await.unwrap();
     let mut pids = Vec::new();
     for id in [&bad_main, &odd_main, &well_main, &second] {
-        pids.push(pid_of(&cri, id).await);
+        pids.push(cri.pid_of(id).await.unwrap());
     }
     daemon.kill();
     daemon.sql(&format!(
@@ -101,7 +89,7 @@ async fn bad_records_are_put_aside_and_everything_else_goes_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_the_loss_of_database_and_copy_what_runs_goes_on_and_can_be_removed() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let before = daemon.footprint();
     let config = daemon.pod("lost");
     let pod = cri.run_pod(&config).await.unwrap();
@@ -109,7 +97,7 @@ async fn after_the_loss_of_database_and_copy_what_runs_goes_on_and_can_be_remove
         .run(&pod, &container("main", IMAGE, &["sh", "-c", "echo kept > /kept; sleep 100000"]), &config)
         .await
         .unwrap();
-    let pid = pid_of(&cri, &main).await;
+    let pid = cri.pid_of(&main).await.unwrap();
     daemon.kill();
     for dir in [daemon.dir().join("root/db"), daemon.state().join("db")] {
         for file in std::fs::read_dir(dir).unwrap().flatten() {
@@ -245,11 +233,11 @@ fn litter(daemon: &Daemon, image_dir: &Path) -> Vec<PathBuf> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn leftovers_are_removed_while_pods_come_and_go_and_what_is_not_ours_stays() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let config = daemon.pod("stays");
     let pod = cri.run_pod(&config).await.unwrap();
     let main = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
-    let pid = pid_of(&cri, &main).await;
+    let pid = cri.pid_of(&main).await.unwrap();
     // Until then the footprint would know it as runc's init.
     wait_for("it is the command", BOUND, || command_line(pid) == "sleep 100000");
     let before = daemon.footprint();
@@ -338,12 +326,12 @@ async fn a_shim_whose_bundle_is_gone_is_ended_with_what_it_runs() {
     if handler().monitored() {
         return;
     }
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let before = daemon.footprint();
     let config = daemon.pod("gone");
     let pod = cri.run_pod(&config).await.unwrap();
     let main = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
-    let (pid, shims) = (pid_of(&cri, &main).await, daemon.shims());
+    let (pid, shims) = (cri.pid_of(&main).await.unwrap(), daemon.shims());
     daemon.kill();
     daemon.sql("DELETE FROM containers; DELETE FROM pods;");
     let rootfs = daemon.bundles().join(&pod).join("tasks").join(&main).join("rootfs");

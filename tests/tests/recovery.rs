@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, Handler, busybox, children, command_line, container, handler, in_pid_namespace, namespace, signal,
+    Cri, Daemon, Handler, IMAGE, children, command_line, container, handler, in_pid_namespace, namespace, signal,
     wait_for,
 };
 use proto::cri::*;
@@ -11,15 +11,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::task::JoinSet;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
-
-async fn start() -> (Daemon, Cri) {
-    let daemon = Daemon::start().await;
-    daemon.import(&busybox(), IMAGE);
-    let cri = daemon.cri().await;
-    (daemon, cri)
-}
 
 /// A container that takes the network that its pod has.
 fn container_of(pod: &PodSandboxConfig, name: &str, command: &[&str]) -> ContainerConfig {
@@ -39,10 +31,6 @@ fn shared_pid(pod: &mut PodSandboxConfig, containers: &mut [&mut ContainerConfig
     }
 }
 
-async fn pid_of(cri: &Cri, id: &str) -> u32 {
-    u32::try_from(cri.info(id).await.unwrap()["pid"].as_u64().unwrap()).unwrap()
-}
-
 async fn pod_state(cri: &Cri, id: &str) -> PodSandboxState {
     cri.pod_status(id).await.unwrap().status.unwrap().state()
 }
@@ -58,7 +46,7 @@ fn lines(path: &std::path::Path) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_daemon_finds_all_again() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     for shared in [false, true] {
         let name = if shared { "shared" } else { "private" };
         let mut config = daemon.pod(name);
@@ -83,7 +71,7 @@ async fn a_killed_daemon_finds_all_again() {
         let created = cri.create(&pod, &created, &config).await.unwrap();
         let old = cri.run(&pod, &old, &config).await.unwrap();
         let old_status = cri.exited(&old, BOUND).await;
-        let (pid, brief_pid) = (pid_of(&cri, &talker).await, pid_of(&cri, &brief).await);
+        let (pid, brief_pid) = (cri.pid_of(&talker).await.unwrap(), cri.pid_of(&brief).await.unwrap());
         let shims = daemon.shims();
         let pending = tokio::spawn({
             let (cri, id) = (cri.clone(), talker.clone());
@@ -112,7 +100,7 @@ async fn a_killed_daemon_finds_all_again() {
 
         let cri = daemon.cri().await;
         assert_eq!(pod_state(&cri, &pod).await, PodSandboxState::SandboxReady);
-        assert_eq!(pid_of(&cri, &talker).await, pid, "{name}");
+        assert_eq!(cri.pid_of(&talker).await.unwrap(), pid, "{name}");
         // A monitor ends with its container.
         if !handler().monitored() {
             // What a shim has just forked bears its name for a moment.
@@ -149,7 +137,7 @@ async fn a_killed_daemon_finds_all_again() {
 /// The record of an end comes before the task that knows of it goes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_recovery_that_dies_loses_no_end_that_it_found() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let before = daemon.footprint();
     let config = daemon.pod("found");
     let pod = cri.run_pod(&config).await.unwrap();
@@ -167,7 +155,7 @@ async fn a_recovery_that_dies_loses_no_end_that_it_found() {
             c.mounts = vec![Mount { container_path: "/go".into(), host_path: host_path.clone(), ..Default::default() }];
             let cri = daemon.cri().await;
             let id = cri.run(&pod, &c, &config).await.unwrap();
-            let pid = pid_of(&cri, &id).await;
+            let pid = cri.pid_of(&id).await.unwrap();
             daemon.kill();
             std::fs::write(go.join(&point), "").unwrap();
             wait_for("a container ends while there is no daemon", BOUND, || command_line(pid).is_empty());
@@ -192,7 +180,7 @@ async fn a_recovery_that_dies_loses_no_end_that_it_found() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn daemon_and_shim_die_together() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let before = daemon.footprint();
     let config = daemon.pod("both");
     let pod = cri.run_pod(&config).await.unwrap();
@@ -203,7 +191,7 @@ async fn daemon_and_shim_die_together() {
     let host_path = go.to_string_lossy().into_owned();
     brief.mounts = vec![Mount { container_path: "/go".into(), host_path, ..Default::default() }];
     let brief = cri.run(&pod, &brief, &config).await.unwrap();
-    let (pid, brief_pid) = (pid_of(&cri, &id).await, pid_of(&cri, &brief).await);
+    let (pid, brief_pid) = (cri.pid_of(&id).await.unwrap(), cri.pid_of(&brief).await.unwrap());
     let shims = daemon.shims();
     daemon.kill();
     // The shim writes the exit down before it could tell anybody.
@@ -266,7 +254,7 @@ async fn churn(cri: Cri, config: PodSandboxConfig) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_killed_at_any_moment_leaves_nothing_that_cannot_be_removed() {
-    let (mut daemon, first) = start().await;
+    let (mut daemon, first) = Daemon::stocked().await;
     drop(first);
     let before = daemon.footprint();
     // Chosen by the clock: each run tries other moments; the seed is printed.
@@ -295,7 +283,7 @@ async fn a_daemon_killed_at_any_moment_leaves_nothing_that_cannot_be_removed() {
             let status = cri.pod_status(&pod).await.unwrap();
             for c in &status.containers_statuses {
                 if c.state() == ContainerState::ContainerRunning {
-                    let pid = pid_of(&cri, &c.id).await;
+                    let pid = cri.pid_of(&c.id).await.unwrap();
                     assert!(pid == 0 || !namespace(pid, "pid").is_empty() || ended_since(&cri, &c.id).await, "{c:?}");
                 }
             }
@@ -314,7 +302,7 @@ async fn ended_since(cri: &Cri, id: &str) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_restart_of_the_node_pods_are_not_ready_and_images_stay() {
     for emptied in [false, true] {
-        let (mut daemon, cri) = start().await;
+        let (mut daemon, cri) = Daemon::stocked().await;
         let before = daemon.footprint();
         let mut config = daemon.pod("boot");
         let options = config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut();
@@ -324,7 +312,7 @@ async fn after_a_restart_of_the_node_pods_are_not_ready_and_images_stay() {
         let exited = cri.run(&pod, &container_of(&config, "exited", &["sh", "-c", "exit 6"]), &config).await.unwrap();
         cri.exited(&exited, BOUND).await;
         let created = cri.create(&pod, &container_of(&config, "created", &["true"]), &config).await.unwrap();
-        let pid = pid_of(&cri, &running).await;
+        let pid = cri.pid_of(&running).await.unwrap();
         daemon.kill();
         if emptied {
             // As the end of a node would: processes, cgroups, mounts, the tmpfs.
@@ -390,7 +378,7 @@ async fn a_shim_that_hangs_holds_up_neither_the_start_nor_other_pods() {
     if handler().monitored() {
         return;
     }
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let mut pods = Vec::new();
     for name in ["hangs", "other"] {
         let config = daemon.pod(name);
@@ -399,7 +387,7 @@ async fn a_shim_that_hangs_holds_up_neither_the_start_nor_other_pods() {
         pods.push((pod, id, daemon.shims()));
     }
     let shim = pods[0].2[0];
-    let pid = pid_of(&cri, &pods[0].1).await;
+    let pid = cri.pid_of(&pods[0].1).await.unwrap();
     daemon.kill();
     signal(shim, rustix::process::Signal::STOP);
     daemon.begin().await;
@@ -421,11 +409,11 @@ async fn a_shim_that_hangs_holds_up_neither_the_start_nor_other_pods() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_daemon_leaves_containers_running_and_its_root_to_one_other() {
-    let (mut daemon, cri) = start().await;
+    let (mut daemon, cri) = Daemon::stocked().await;
     let config = daemon.pod("stop");
     let pod = cri.run_pod(&config).await.unwrap();
     let id = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
-    let pid = pid_of(&cri, &id).await;
+    let pid = cri.pid_of(&id).await.unwrap();
 
     let second = daemon.serve().stdin(Stdio::null()).output().unwrap();
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
@@ -440,6 +428,6 @@ async fn a_stopped_daemon_leaves_containers_running_and_its_root_to_one_other() 
     assert_eq!(command_line(pid), "sleep 100000");
     daemon.begin().await;
     let cri = daemon.cri().await;
-    assert_eq!(pid_of(&cri, &id).await, pid);
+    assert_eq!(cri.pid_of(&id).await.unwrap(), pid);
     assert_eq!(cri.exec(&id, &["echo", "on"], 10).await.unwrap().stdout, "on\n");
 }

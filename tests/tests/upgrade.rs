@@ -7,7 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
 use longshore_tests::{
-    Cri, Daemon, Footprint, bin_dir, busybox, command_line, container, in_pid_namespace, signal, wait_for,
+    Cri, Daemon, Footprint, IMAGE, bin_dir, busybox, command_line, container, in_pid_namespace, signal, wait_for,
 };
 use proto::cri::*;
 use std::collections::BTreeMap;
@@ -17,7 +17,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use testkit::TempRoot;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const BOUND: Duration = Duration::from_secs(30);
 const GO_SHIM: &str = "containerd-shim-runc-v2";
 const POD_INIT: &str = "longshore-pod-init";
@@ -82,10 +81,6 @@ fn upgrade(bin: &Path) -> Release {
         std::fs::rename(&next, bin.join(name)).unwrap();
     }
     release(bin)
-}
-
-async fn pid_of(cri: &Cri, id: &str) -> u32 {
-    u32::try_from(cri.info(id).await.unwrap()["pid"].as_u64().unwrap()).unwrap()
 }
 
 async fn pod_number(cri: &Cri, pod: &str, key: &str) -> u32 {
@@ -178,7 +173,7 @@ impl Node {
         let brief = cri.run(&id, &brief, &config).await.unwrap();
         let created = self.container(&config, "created", &["sh", "-c", "exit 3"]);
         let created = cri.create(&id, &created, &config).await.unwrap();
-        let (pid, runner) = (pid_of(&cri, &main).await, self.runner(&cri, &id, &main).await);
+        let (pid, runner) = (cri.pid_of(&main).await.unwrap(), self.runner(&cri, &id, &main).await);
         let init = pod_number(&cri, &id, "pid").await;
         assert_eq!(init != 0, shared);
         let log = PathBuf::from(&config.log_directory).join("main.log");
@@ -189,7 +184,7 @@ impl Node {
     async fn goes_on(&self, cri: &Cri, pod: &Pod) {
         let status = cri.pod_status(&pod.id).await.unwrap().status.unwrap();
         assert_eq!(status.state(), PodSandboxState::SandboxReady, "{}", self.kind.0);
-        assert_eq!(pid_of(cri, &pod.main).await, pod.pid);
+        assert_eq!(cri.pid_of(&pod.main).await.unwrap(), pod.pid);
         assert_eq!(self.runner(cri, &pod.id, &pod.main).await, pod.runner);
         assert_eq!(pod_number(cri, &pod.id, "pid").await, pod.init);
         assert_eq!(cri.exec(&pod.main, &["echo", "on"], 10).await.unwrap().stdout, "on\n");
@@ -274,7 +269,7 @@ async fn is_upgraded(kind: Kind) {
         assert_eq!(runs(pod.runner), old[kind.1], "an old one goes on");
     }
     assert_eq!(runs(shared.init), old[POD_INIT]);
-    let next = pid_of(&cri, &node.next(&cri, &shared).await).await;
+    let next = cri.pid_of(&node.next(&cri, &shared).await).await.unwrap();
     assert!(in_pid_namespace(shared.init).iter().any(|(pid, _)| *pid == next), "it is in the old init's namespace");
 
     let fresh = node.pod("fresh", true).await;

@@ -1,12 +1,11 @@
 //! Images as volumes, against a real daemon, shim and runtime.
 #![allow(clippy::unwrap_used, reason = "a test that lacks its fixtures has to stop")]
 
-use longshore_tests::{Cri, Daemon, busybox, container};
+use longshore_tests::{Cri, Daemon, IMAGE, busybox, container};
 use proto::cri::*;
 use testkit::{ImageBuilder, Layer};
 use tonic::Code;
 
-const IMAGE: &str = "localhost/test/busybox:1";
 const DATA: &str = "localhost/test/data:1";
 const PLAIN: &str = "localhost/test/plain:1";
 
