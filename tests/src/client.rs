@@ -1,5 +1,6 @@
 //! A CRI client with a raised message limit, and the usual configurations.
 
+use crate::node::command_line;
 use hyper_util::rt::TokioIo;
 use proto::cri::image_service_client::ImageServiceClient;
 use proto::cri::runtime_service_client::RuntimeServiceClient;
@@ -112,11 +113,22 @@ impl Cri {
         self.runtime.clone().start_container(StartContainerRequest { container_id: id.into() }).await.map(drop)
     }
 
-    /// CreateContainer and StartContainer.
+    /// CreateContainer and StartContainer, until its process is the command.
     pub async fn run(&self, pod: &str, config: &ContainerConfig, of: &PodSandboxConfig) -> Result<String, Status> {
         let id = self.create(pod, config, of).await?;
         self.start(&id).await?;
+        self.is_command(&id).await?;
         Ok(id)
+    }
+
+    /// Waits until a started container's process is its command, or has ended: for a
+    /// moment it is still runc's init, which a signal ends with a code of its own.
+    pub async fn is_command(&self, id: &str) -> Result<(), Status> {
+        let pid = self.pid_of(id).await?;
+        while pid != 0 && command_line(pid) == "runc init" {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+        Ok(())
     }
 
     /// ExecSync; `timeout` in seconds, 0 for none.

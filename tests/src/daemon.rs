@@ -348,7 +348,7 @@ impl Daemon {
     /// The processes in its directory whose binary has `name` in its path.
     pub fn runs(&self, name: &str) -> Vec<u32> {
         let own = self.dir().to_string_lossy().into_owned();
-        processes()
+        let found: Vec<u32> = processes()
             .into_iter()
             .filter(|pid| {
                 let cwd = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
@@ -359,7 +359,10 @@ impl Daemon {
                     && cwd.to_string_lossy().contains(&own)
                     && ![" start", " delete"].iter().any(|action| line.ends_with(action))
             })
-            .collect()
+            .collect();
+        // What one has just forked bears its name until it is something else.
+        let forked: BTreeSet<u32> = found.iter().flat_map(|pid| children(*pid)).collect();
+        found.into_iter().filter(|pid| !forked.contains(pid)).collect()
     }
 }
 

@@ -12,6 +12,7 @@ use longshore_tests::{
 };
 use proto::cri::*;
 use std::collections::{BTreeMap, VecDeque};
+use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -173,6 +174,7 @@ impl Life {
             ContainerState::ContainerRunning => {}
             _ => panic!("it ended though nobody wanted that: {status:?}"),
         }
+        cri.is_command(&id).await?;
         self.lives = Some((id.clone(), cri.pid_of(&id).await?));
         Ok(())
     }
@@ -315,15 +317,18 @@ impl Walker {
             let cri = daemon.cri().await;
             let outcome = life.go(&cri).await;
             if let Err(e) = outcome {
-                for _ in 0..500 {
+                for _ in 0..3000 {
                     died = died || daemon.has_died();
                     tokio::time::sleep(Duration::from_millis(if died { 0 } else { 20 })).await;
                 }
                 assert!(died, "{point}: step {} failed, and the daemon lives: {e}", life.next);
             } else {
-                // What comes after the last answer is still its life.
+                // What comes after the last answer, and its own end, are still its life.
                 tokio::time::sleep(Duration::from_millis(100)).await;
-                died = daemon.has_died();
+                died = daemon.terminate().signal() == Some(9);
+                if !died {
+                    daemon.begin().await;
+                }
             }
         }
         if died {

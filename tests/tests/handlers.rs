@@ -314,7 +314,7 @@ async fn a_retry_of_a_stop_joins_the_one_that_runs() {
     let stops: Vec<_> = (0..5)
         .map(|_| {
             let (cri, id) = (cri.clone(), id.clone());
-            tokio::spawn(async move { cri.stop(&id, 2).await })
+            tokio::spawn(async move { cri.stop(&id, 5).await })
         })
         .collect();
     for stop in stops {

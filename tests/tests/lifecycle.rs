@@ -151,7 +151,7 @@ async fn execs_end_with_their_container_under_load() {
         assert!(status.exit_code == 137 || (name != "private" && status.exit_code == 143), "{name}: {status:?}");
         // The container has exited: so have its execs, and their callers know at once.
         assert_eq!(sleepers(), 0, "{name}");
-        let done = tokio::time::timeout(Duration::from_secs(5), execs.join_all()).await;
+        let done = tokio::time::timeout(BOUND, execs.join_all()).await;
         for out in done.unwrap_or_else(|_| panic!("{name}: execs go on after their container")) {
             let out = out.unwrap();
             assert_eq!((out.exit_code, &out.stdout[..]), (137, &b"up\n"[..]), "{name}");
@@ -225,23 +225,27 @@ async fn the_oom_killer_is_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_is_honoured_bounded_and_can_be_hastened() {
     let (daemon, cri) = start("").await;
-    let config = daemon.pod("stop");
+    let mut config = daemon.pod("stop");
+    config.log_directory = daemon.dir().join("logs").to_string_lossy().into_owned();
     let pod = cri.run_pod(&config).await.unwrap();
-    let tidy = "trap 'exit 5' TERM; while :; do sleep 0.05; done";
-    let id = cri.run(&pod, &container("tidy", IMAGE, &["sh", "-c", tidy]), &config).await.unwrap();
+    let tidy = "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done";
+    let mut c = container("tidy", IMAGE, &["sh", "-c", tidy]);
+    c.log_path = "tidy.log".into();
+    let id = cri.run(&pod, &c, &config).await.unwrap();
     // The trap stands only once the shell has read it.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let log = daemon.dir().join("logs/tidy.log");
+    wait_for("its trap stands", BOUND, || std::fs::read_to_string(&log).unwrap_or_default().contains("stdout F up"));
     let begun = Instant::now();
     cri.stop(&id, 60).await.unwrap();
     assert_eq!(cri.status(&id).await.unwrap().exit_code, 5);
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(50), "{:?}", begun.elapsed());
 
     // Init of a pid namespace doesn't die of a signal that it doesn't handle.
     let id = cri.run(&pod, &container("deaf", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
     let begun = Instant::now();
     cri.stop(&id, 2).await.unwrap();
     assert_eq!(cri.status(&id).await.unwrap().exit_code, 137);
-    assert!((Duration::from_secs(2)..Duration::from_secs(12)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert!((Duration::from_secs(2)..Duration::from_secs(30)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
 
     let id = cri.run(&pod, &container("hastened", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
     let first = tokio::spawn({
@@ -261,7 +265,7 @@ async fn a_stop_is_honoured_bounded_and_can_be_hastened() {
     cri.stop(&id, 1).await.unwrap();
     first.await.unwrap().unwrap();
     longer.await.unwrap().unwrap();
-    assert!((Duration::from_secs(1)..Duration::from_secs(10)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert!((Duration::from_secs(1)..Duration::from_secs(30)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     assert_eq!(cri.status(&id).await.unwrap().exit_code, 137);
 }
 
@@ -382,7 +386,10 @@ async fn rotating_a_log_loses_no_line() {
         match reopen().await {
             Ok(_) => assert!(log.exists(), "reopening makes it anew"),
             // It has just ended; what came after is in the old file.
-            Err(e) => assert_eq!(e.code(), Code::FailedPrecondition, "{e}"),
+            Err(e) => {
+                assert_eq!(e.code(), Code::FailedPrecondition, "{e}");
+                break;
+            }
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -427,8 +434,9 @@ async fn containers_of_a_pod_share_localhost_and_shm() {
     let serve = "echo noted >/dev/shm/note; while :; do echo hello | nc -l -p 8080; done";
     let a = cri.run(&pod, &in_namespaces(container("a", IMAGE, &["sh", "-c", serve]), &config), &config).await.unwrap();
     let b = cri.run(&pod, &in_namespaces(container("b", IMAGE, &["sleep", "100000"]), &config), &config).await.unwrap();
-    let ask = "for n in 1 2 3 4 5 6 7 8 9 10; do nc 127.0.0.1 8080 </dev/null && break; sleep 0.2; done; cat /dev/shm/note; hostname";
-    let out = cri.exec(&b, &["sh", "-c", ask], 20).await.unwrap();
+    let ask =
+        "for n in $(seq 200); do nc 127.0.0.1 8080 </dev/null && break; sleep 0.2; done; cat /dev/shm/note; hostname";
+    let out = cri.exec(&b, &["sh", "-c", ask], 60).await.unwrap();
     assert_eq!(out.stdout, "hello\nnoted\nshared-host\n", "{:?}", out.stderr);
     let (pa, pb) = (number(&cri, &a, "pid").await, number(&cri, &b, "pid").await);
     for kind in ["net", "ipc", "uts"] {

@@ -81,7 +81,11 @@ async fn a_killed_daemon_finds_all_again() {
         wait_for("the exec runs", BOUND, || execs() == 1);
         if handler().monitored() {
             // A monitor that can't tell anybody the pid any more leaves its command alone.
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            let knows = format!("in container {talker}, which waits for the command's end");
+            wait_for("the daemon knows of it", BOUND, || {
+                let (_, findings) = daemon.doctor(&daemon.state(), &[]);
+                findings.iter().any(|f| f["found"].as_str().unwrap().contains(&knows))
+            });
         }
 
         daemon.kill();
@@ -94,6 +98,8 @@ async fn a_killed_daemon_finds_all_again() {
             let written = lines(&log).len();
             wait_for("the log goes on without a daemon", BOUND, || lines(&log).len() > written + 5);
         }
+        // Reaped, it has its time of death.
+        wait_for("it is reaped", BOUND, || !std::path::Path::new(&format!("/proc/{brief_pid}")).exists());
         tokio::time::sleep(Duration::from_millis(300)).await;
         let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
         daemon.begin().await;
@@ -197,7 +203,16 @@ async fn daemon_and_shim_die_together() {
     // The shim writes the exit down before it could tell anybody.
     std::fs::write(go.join("now"), "").unwrap();
     wait_for("a container ends while there is no daemon", BOUND, || command_line(brief_pid).is_empty());
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    let told = if handler().monitored() {
+        daemon.state().join("conmon/exits").join(&brief)
+    } else {
+        daemon.bundles().join(&pod).join("tasks").join(&brief).join("exit.json")
+    };
+    if handler() == Handler::GoShim {
+        wait_for("it is reaped", BOUND, || !std::path::Path::new(&format!("/proc/{brief_pid}")).exists());
+    } else {
+        wait_for("its end is written down", BOUND, || told.exists());
+    }
     shims.iter().copied().for_each(kill);
     wait_for("the shim is dead", BOUND, || shims.iter().all(|s| command_line(*s).is_empty()));
     daemon.begin().await;

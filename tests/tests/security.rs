@@ -28,9 +28,10 @@ async fn run_script(daemon: &Daemon, cri: &Cri, name: &str, image: &str, script:
     c.log_path = "main.log".into();
     let id = cri.run(&pod_id, &c, &config).await.unwrap();
     let status = cri.exited(&id, SOON).await;
-    let log = std::fs::read_to_string(daemon.dir().join("logs").join(name).join("main.log")).unwrap_or_default();
     cri.stop_pod(&pod_id).await.unwrap();
     cri.remove_pod(&pod_id).await.unwrap();
+    // Complete only now: an exit is not held back for long by a log.
+    let log = std::fs::read_to_string(daemon.dir().join("logs").join(name).join("main.log")).unwrap_or_default();
     (status.exit_code, log)
 }
 

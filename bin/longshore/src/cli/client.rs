@@ -4,6 +4,7 @@ use hyper_util::rt::TokioIo;
 use proto::admin::admin_client::AdminClient;
 use proto::cri::image_service_client::ImageServiceClient;
 use proto::cri::runtime_service_client::RuntimeServiceClient;
+use std::error::Error as _;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -82,7 +83,10 @@ fn unreachable(socket: &Path, error: &(dyn std::error::Error + 'static)) -> Erro
 
 /// The error behind a status; the daemon's message names the object already.
 pub fn error(status: &Status) -> Error {
+    // What the daemon answers has no source: the connection broke.
+    let lost = status.source().is_some_and(|s| !s.is::<tonic::TimeoutExpired>());
     let kind = match status.code() {
+        Code::Unknown | Code::Internal | Code::Cancelled if lost => ErrorKind::Unavailable,
         Code::InvalidArgument | Code::OutOfRange => ErrorKind::InvalidArgument,
         Code::NotFound => ErrorKind::NotFound,
         Code::AlreadyExists => ErrorKind::AlreadyExists,

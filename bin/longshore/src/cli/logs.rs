@@ -9,7 +9,7 @@ use proto::cri::{ContainerState, ContainerStatusRequest};
 use serde_json::json;
 use std::io::{BufWriter, Write};
 use std::path::Path;
-use types::{Error, Result};
+use types::{Error, ErrorKind, Result};
 
 /// Prints a container's log.
 pub async fn logs(context: &Context, args: LogsArgs) -> Result<()> {
@@ -29,7 +29,13 @@ pub async fn logs(context: &Context, args: LogsArgs) -> Result<()> {
     if args.follow && status.state() == ContainerState::ContainerRunning {
         let mut client = client.clone();
         let ended = tokio::spawn(async move { wait::exit(&mut client, &container.id).await });
-        return follower.follow(async move { drop(ended.await) }, sink).await;
+        let mut end = None;
+        follower.follow(async { end = ended.await.ok() }, sink).await?;
+        return match end {
+            Some(Err(e)) if e.kind() != ErrorKind::NotFound => Err(e),
+            // It has ended, or was removed.
+            _ => Ok(()),
+        };
     }
     if !follower.exists() && status.state() == ContainerState::ContainerRunning {
         return Err(Error::not_found(format!("the log {} of container {} is gone", status.log_path, args.container)));
