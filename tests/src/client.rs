@@ -125,7 +125,7 @@ impl Cri {
     /// moment it is still runc's init, which a signal ends with a code of its own.
     pub async fn is_command(&self, id: &str) -> Result<(), Status> {
         let pid = self.pid_of(id).await?;
-        while pid != 0 && command_line(pid) == "runc init" {
+        while pid != 0 && command_line(pid).ends_with("runc init") {
             tokio::time::sleep(std::time::Duration::from_millis(2)).await;
         }
         Ok(())

@@ -2,9 +2,9 @@
 
 use crate::client::{Cri, pod};
 use crate::handler::handler;
-use crate::node::{Footprint, children, processes, wait_for};
+use crate::node::{Footprint, children, parent, processes, wait_for};
 use proto::cri::PodSandboxConfig;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -348,21 +348,19 @@ impl Daemon {
     /// The processes in its directory whose binary has `name` in its path.
     pub fn runs(&self, name: &str) -> Vec<u32> {
         let own = self.dir().to_string_lossy().into_owned();
-        let found: Vec<u32> = processes()
-            .into_iter()
-            .filter(|pid| {
-                let cwd = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-                let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-                // What only starts one, or cleans up after one, is none.
-                let line = crate::node::command_line(*pid);
-                exe.to_string_lossy().contains(name)
-                    && cwd.to_string_lossy().contains(&own)
-                    && ![" start", " delete"].iter().any(|action| line.ends_with(action))
-            })
-            .collect();
+        let is_one = |pid: u32| {
+            let cwd = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+            let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            // What only starts one, or cleans up after one, is none.
+            let line = crate::node::command_line(pid);
+            exe.to_string_lossy().contains(name)
+                && cwd.to_string_lossy().contains(&own)
+                && ![" start", " delete"].iter().any(|action| line.ends_with(action))
+        };
+        let found = processes().into_iter().filter(|pid| is_one(*pid));
+        let found: BTreeMap<u32, u32> = found.filter_map(|pid| Some((pid, parent(pid)?))).collect();
         // What one has just forked bears its name until it is something else.
-        let forked: BTreeSet<u32> = found.iter().flat_map(|pid| children(*pid)).collect();
-        found.into_iter().filter(|pid| !forked.contains(pid)).collect()
+        found.iter().filter(|(_, parent)| !found.contains_key(parent)).map(|(pid, _)| *pid).collect()
     }
 }
 
