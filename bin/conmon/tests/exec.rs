@@ -2,7 +2,7 @@
 
 mod harness;
 
-use harness::{Monitor, Node, alive, attach, receive};
+use harness::{Monitor, Node, alive, attach, receive, wait_for};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 
@@ -42,7 +42,7 @@ fn an_exec_that_never_began_is_a_failure_and_no_stranger_is_touched() {
     let stranger = i32::try_from(stranger).unwrap();
     for api in [&[][..], &["--api-version", "-u", "u"]] {
         std::fs::write(n.path("exec.pid"), stranger.to_string()).unwrap();
-        let mut m = n.exec(&n.process(&["/no/such/program"], false), &[&["-T", "1"], api].concat());
+        let mut m = n.exec(&n.process(&["/no/such/program"], false), &[&["-T", "60"], api].concat());
         let line = m.line().unwrap();
         let code = line["exit_code"].as_i64().or(line["data"].as_i64());
         assert_eq!(code, Some(-1), "{line}");
@@ -59,13 +59,15 @@ fn an_exec_that_never_began_is_a_failure_and_no_stranger_is_touched() {
 fn one_that_runs_too_long_is_killed_with_its_group() {
     let (n, _m) = running();
     let process = n.process(&["/bin/sh", "-c", "echo begun; sleep 1111 & sleep 1111"], false);
-    let mut m = n.exec(&process, &["-T", "2"]);
+    let mut m = n.exec(&process, &["-T", "10"]);
     let line = m.line().unwrap();
     assert_eq!((line["exit_code"].as_i64(), line["message"].as_str()), (Some(-1), Some("command timed out")));
     m.gone();
     assert_eq!(n.lines(&n.path("exec.log")), ["F begun"]);
-    let ps = n.runc(&["ps", &n.id]);
-    assert!(!String::from_utf8_lossy(&ps.stdout).contains("1111"), "{ps:?}");
+    wait_for("the end of its group", || {
+        let ps = n.runc(&["ps", &n.id]);
+        ps.status.success() && !String::from_utf8_lossy(&ps.stdout).contains("1111")
+    });
 }
 
 /// What the process leaves behind may hold the pipes, and even write without end.

@@ -11,6 +11,16 @@ use std::time::Duration;
 /// Nearly none: 100 ms in two seconds is what a loaded machine may add.
 const IDLE: u64 = 10;
 
+/// Waits until the monitor can pass on nothing more, having passed on enough.
+fn output_stands_still(n: &Node) {
+    let mut last = 0;
+    wait_for("output that stands still", || {
+        std::thread::sleep(Duration::from_millis(300));
+        let now = n.log().metadata().map_or(0, |l| l.len());
+        now > 100_000 && std::mem::replace(&mut last, now) == now
+    });
+}
+
 /// [conmon#545]: exits of short containers, while the machine has enough to do.
 #[test]
 fn no_exit_is_missed_under_load() {
@@ -46,13 +56,12 @@ fn no_exit_is_missed_under_load() {
 /// [conmon#657]: SIGABRT, when signals came while it waited.
 #[test]
 fn a_storm_of_signals_ends_nothing() {
-    let script = "trap '' TERM INT QUIT; while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 11";
+    let script = "trap '' TERM INT QUIT; echo ready; while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 11";
     let n = Node::new(&["/bin/sh", "-c", script]);
     let mut m = n.create(&[]);
     m.created();
     n.start();
-    // The trap is set once the shell waits in its loop.
-    std::thread::sleep(Duration::from_secs(1));
+    wait_for("its trap", || std::fs::read_to_string(n.log()).is_ok_and(|l| l.contains(" F ready")));
     let monitor = sys::pidfd::PidFd::open(m.pid).unwrap();
     for round in 0..500 {
         use types::Signal;
@@ -109,7 +118,7 @@ fn a_client_that_does_not_read_costs_nothing() {
     m.created();
     let client = attach(&n.path("sockets").join(&n.id).join("attach"));
     n.start();
-    wait_for("output", || n.log().metadata().is_ok_and(|l| l.len() > 100_000));
+    output_stands_still(&n);
     let before = m.ticks();
     std::thread::sleep(Duration::from_secs(2));
     let spent = m.ticks() - before;
@@ -128,7 +137,7 @@ fn an_exit_is_told_although_a_client_does_not_read() {
     m.created();
     let client = attach(&n.path("sockets").join(&n.id).join("attach"));
     n.start();
-    wait_for("output", || n.log().metadata().is_ok_and(|l| l.len() > 100_000));
+    output_stands_still(&n);
     n.runc(&["kill", &n.id, "KILL"]);
     assert_eq!(n.exit(), "137");
     let before = m.ticks();
@@ -277,12 +286,7 @@ fn the_exit_delay_holds_up_no_client() {
     m.created();
     let client = attach(&n.path("sockets").join(&n.id).join("attach"));
     n.start();
-    let mut last = 0;
-    wait_for("output that stands still", || {
-        std::thread::sleep(Duration::from_millis(300));
-        let now = n.log().metadata().map_or(0, |l| l.len());
-        now > 100_000 && std::mem::replace(&mut last, now) == now
-    });
+    output_stands_still(&n);
     n.runc(&["kill", &n.id, "KILL"]);
     assert_eq!(n.exit(), "137");
     let children = || std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", m.pid)).unwrap_or_default();

@@ -52,7 +52,7 @@ async fn create(shim: &Shim, b: &Bundle, binary: &Path, rootfs: Vec<Mount>) -> t
 
 /// The pid in a file, once it is there.
 async fn pid_in(path: &Path) -> i32 {
-    for _ in 0..2000 {
+    for _ in 0..12_000 {
         if let Some(pid) = std::fs::read_to_string(path).ok().and_then(|t| t.trim().parse().ok()) {
             return pid;
         }
@@ -62,7 +62,7 @@ async fn pid_in(path: &Path) -> i32 {
 }
 
 async fn gone(pid: i32) {
-    for _ in 0..2000 {
+    for _ in 0..12_000 {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         if stat.is_empty() || stat.contains(") Z ") {
             return;
@@ -80,7 +80,7 @@ fn children(shim: &Shim) -> String {
 /// Nothing of the container is left, neither here nor in the runtime.
 async fn nothing_left(shim: &Shim, b: &Bundle) {
     assert_eq!(code(&shim.state(b).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
-    for _ in 0..500 {
+    for _ in 0..6000 {
         if children(shim).trim().is_empty() {
             break;
         }
@@ -204,7 +204,7 @@ async fn a_log_that_hangs_holds_up_no_other_container() {
     let reader = stdio::fifo::open_reader(&full).unwrap();
     shim.create(&a, Io { stdout: &format!("file://{}", full.display()), ..Io::default() }).await.unwrap();
     shim.start_task(&a).await.unwrap();
-    for _ in 0..2000 {
+    for _ in 0..12_000 {
         if rustix::io::ioctl_fionread(&reader).unwrap() >= 65536 {
             break;
         }

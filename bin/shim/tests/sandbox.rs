@@ -60,7 +60,7 @@ async fn a_sandbox_lives_as_its_caller_says() {
     assert_eq!(code(&shutdown().await.unwrap_err()), ttrpc::Code::FAILED_PRECONDITION);
     shim.delete(&b, "").await.unwrap();
     shutdown().await.unwrap();
-    for _ in 0..200 {
+    for _ in 0..6000 {
         if !shim.alive() {
             return;
         }

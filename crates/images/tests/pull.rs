@@ -161,13 +161,13 @@ async fn a_dead_or_silent_registry_is_an_error_in_bounded_time() {
     let e = node.images.pull("127.0.0.1:1/a", None).await.unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Unavailable, "{e}");
     let silent = Server::new(|_, _| {
-        std::thread::sleep(Duration::from_secs(3));
+        std::thread::sleep(Duration::from_secs(60));
         Reply::new(200, b"")
     });
     let start = std::time::Instant::now();
     let e = node.images.pull(&format!("{}/a", silent.address), None).await.unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Unavailable, "{e}");
-    assert!(start.elapsed() < Duration::from_millis(2500));
+    assert!(start.elapsed() < Duration::from_secs(30));
 }
 
 #[tokio::test]

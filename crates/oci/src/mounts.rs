@@ -328,7 +328,7 @@ mod tests {
         };
         assert!(backed());
         unmount_rootfs(&root, 1).unwrap();
-        for _ in 0..500 {
+        for _ in 0..6000 {
             if !backed() {
                 return;
             }

@@ -70,14 +70,14 @@ fn a_timeout_kills(kind: Kind) {
     for script in ["sleep 60", "sleep 1000 & sleep 60"] {
         let spec = ExecSyncSpec {
             timeout: Some(Duration::from_secs(1)),
-            drain_timeout: Some(Duration::from_secs(3)),
+            drain_timeout: Some(Duration::from_secs(60)),
             ..node.exec(&["/bin/sh", "-c", script])
         };
         let began = Instant::now();
         let e = node.run(node.m().exec_sync("pod1", "c1", spec)).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::DeadlineExceeded);
         assert!(e.to_string().contains("timeout 1s exceeded"), "{e}");
-        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     }
     let execs = node.bundle("pod1").join("tasks/c1/execs");
     assert!(std::fs::read_dir(&execs).unwrap().next().is_none());
@@ -94,7 +94,7 @@ fn who_holds_the_output_is_named(kind: Kind) {
     let text = e.to_string();
     assert_eq!(e.kind(), ErrorKind::Internal);
     assert!(text.contains("still held by other processes") && text.contains("sleep 4321"), "{text}");
-    assert!(began.elapsed() >= Duration::from_secs(1) && began.elapsed() < Duration::from_secs(5));
+    assert!(began.elapsed() >= Duration::from_secs(1) && began.elapsed() < Duration::from_secs(30));
     let execs = node.bundle("pod1").join("tasks/c1/execs");
     assert!(std::fs::read_dir(&execs).unwrap().next().is_none());
     // Whoever writes to no pipe of ours holds nothing up.
@@ -114,7 +114,11 @@ fn a_caller_that_goes_takes_its_command_along(kind: Kind) {
 }
 
 fn many_at_once(kind: Kind) {
-    let node = node_with_container(kind);
+    let mut node = Node::new(kind);
+    // They queue, and the last one's turn may come late.
+    node.timeouts.create = Duration::from_secs(300);
+    node.start();
+    node.launch("pod1", "c1", &["/bin/sleep", "1000"]);
     let all: Vec<_> = (0..200)
         .map(|i| {
             let (m, spec) = (node.m().clone(), node.exec(&["/bin/echo", &i.to_string()]));

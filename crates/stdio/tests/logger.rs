@@ -152,11 +152,11 @@ async fn the_end_of_the_ready_pipe_counts_in_the_first_version_only() {
 #[tokio::test]
 async fn one_that_is_never_ready_is_killed_and_named() {
     let mut b = Bench::new();
-    b.bounds.ready = Duration::from_millis(700);
+    b.bounds.ready = Duration::from_secs(5);
     let script = "echo $$ >$0/pid; exec sleep 600";
     let e = b.start(&b.shell(script, Handshake::ByteOrEnd)).await.unwrap_err();
     assert_eq!(e.kind(), ErrorKind::DeadlineExceeded);
-    assert!(e.to_string().contains("within 0.7 s"), "{e}");
+    assert!(e.to_string().contains("within 5 s"), "{e}");
     assert!(!is_there(b.pid()), "killed and reaped");
 }
 
@@ -186,7 +186,8 @@ async fn one_that_is_not_there_is_named() {
 
 #[tokio::test]
 async fn after_its_death_writers_go_on_and_are_discarded() {
-    let b = Bench::new();
+    let mut b = Bench::new();
+    b.bounds.end = Duration::from_secs(60);
     let (logger, out, err) = b.run("echo $$ >$0/pid; printf x >&5; exec sleep 600").await;
     let both = tokio::join!(flood(out.try_clone().unwrap()), flood(err.try_clone().unwrap()), async {
         // Both are stuck in full pipes by now.
@@ -200,7 +201,7 @@ async fn after_its_death_writers_go_on_and_are_discarded() {
     assert!(!is_there(b.pid()), "reaped at once");
     let begun = Instant::now();
     logger.close().await;
-    assert!(begun.elapsed() < Duration::from_secs(1), "one that is gone is not waited for");
+    assert!(begun.elapsed() < Duration::from_secs(20), "one that is gone is not waited for");
     assert_eq!(b.reports().len(), 1, "told once");
     assert!((&out).write_all(b"x").is_err(), "our reading ends are closed");
 }
@@ -257,7 +258,7 @@ async fn one_that_ignores_sigterm_is_killed() {
     let (logger, _out, _err) = b.run("echo $$ >$0/pid; trap '' TERM; printf x >&5; while :; do sleep 0.05; done").await;
     let begun = Instant::now();
     logger.close().await;
-    assert!((Duration::from_millis(400)..Duration::from_secs(5)).contains(&begun.elapsed()));
+    assert!((Duration::from_millis(400)..Duration::from_secs(20)).contains(&begun.elapsed()));
     assert!(b.reports()[0].contains("within 0.3 s of SIGTERM"), "{:?}", b.reports());
     assert!(!is_there(b.pid()), "killed and reaped");
 }

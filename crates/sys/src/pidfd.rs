@@ -179,7 +179,7 @@ mod tests {
     use std::process::Command;
 
     fn wait(p: &PidFd) -> Waited {
-        for _ in 0..500 {
+        for _ in 0..6000 {
             match p.try_wait().unwrap() {
                 Waited::Running => std::thread::sleep(std::time::Duration::from_millis(10)),
                 other => return other,

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_containerd-shim-longshore-v2");
-pub const CALL: Duration = Duration::from_secs(30);
+pub const CALL: Duration = Duration::from_secs(300);
 
 /// Topic, container, exec or empty, exit status.
 pub type Seen = (String, String, String, u32);
@@ -165,7 +165,7 @@ impl Shim {
 
     /// The events of a container, in their order, once `last` is among them.
     pub async fn events_until(&self, b: &Bundle, last: &str) -> Vec<Seen> {
-        for _ in 0..500 {
+        for _ in 0..6000 {
             let seen: Vec<Seen> = self.events.seen.lock().unwrap().iter().filter(|s| s.1 == b.id).cloned().collect();
             if seen.iter().any(|s| s.0 == last) {
                 return seen;
@@ -187,6 +187,17 @@ impl Drop for Shim {
             let _ = p.signal(types::Signal::KILL);
         }
     }
+}
+
+/// Waits until `holds`, a minute at most.
+pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..6000 {
+        if holds() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("waited in vain for {what}");
 }
 
 pub async fn connect(socket: &Path) -> ttrpc::r#async::Client {

@@ -376,7 +376,7 @@ mod tests {
     #[tokio::test]
     async fn one_that_hangs_is_killed_with_its_children() {
         let (dir, mut plugins, list) = script("sleep 4711 & echo $! >\"$0.pid\"; wait");
-        plugins.bound = Duration::from_millis(1500);
+        plugins.bound = Duration::from_secs(5);
         let e = add(&plugins, &list).await.unwrap_err();
         assert_eq!(e.kind(), ErrorKind::DeadlineExceeded);
         assert!(e.to_string().contains("was killed"), "{e}");
@@ -391,14 +391,18 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_former_daemon_started_is_ended() {
-        let (_dir, plugins, list) = script("sleep 4712; exit 5");
+        let (dir, plugins, list) = script("echo $$ >\"$0.pid\"; sleep 4712; exit 5");
         let pods = ["pod-of-a-former-daemon".to_owned()].into();
         let subject = Subject { pod: "pod-of-a-former-daemon", ..subject() };
         let running =
             tokio::spawn(
                 async move { plugins.run(&list, "x", Verb::Add, Some(subject), &serde_json::Map::new()).await },
             );
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !std::fs::read_to_string(dir.path().join("x.pid")).is_ok_and(|pid| pid.ends_with('\n')) {
+            assert!(Instant::now() < deadline, "the plugin does not run");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         tokio::task::spawn_blocking(move || end_orphans(&pods)).await.unwrap().unwrap();
         let e = running.await.unwrap().unwrap_err();
         assert!(e.to_string().contains("signal: 9"), "{e}");

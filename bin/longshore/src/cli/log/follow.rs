@@ -248,7 +248,7 @@ mod tests {
             },
         ));
         let until = async |want: &str| {
-            for _ in 0..500 {
+            for _ in 0..6000 {
                 if *seen.lock().unwrap() == want {
                     return;
                 }
