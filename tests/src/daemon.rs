@@ -235,6 +235,15 @@ impl Daemon {
         self.root.join("daemon.log")
     }
 
+    /// The lines of its log in which something is named, whenever they are asked for.
+    pub fn said_of(&self) -> impl Fn(&str) -> Vec<String> + Send + 'static {
+        let path = self.log_path();
+        move |what| {
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            text.lines().filter(|l| l.contains(what)).map(str::to_string).collect()
+        }
+    }
+
     /// All that it has logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.log_path()).unwrap_or_default()

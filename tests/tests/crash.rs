@@ -397,6 +397,7 @@ async fn killed_at_random_instants_under_load_the_daemon_loses_nothing() {
         let mut work = JoinSet::new();
         for mut life in lives.drain(..) {
             let (cri, killed, whole) = (daemon.cri().await, killed.clone(), whole.clone());
+            let said_of = daemon.said_of();
             work.spawn(async move {
                 loop {
                     match life.go(&cri).await {
@@ -405,7 +406,8 @@ async fn killed_at_random_instants_under_load_the_daemon_loses_nothing() {
                             life.again();
                         }
                         Err(e) if !killed.load(Ordering::SeqCst) => {
-                            panic!("step {} of {:?} failed, and the daemon lives: {e}", life.next, life.kind)
+                            let said: Vec<_> = life.ids.values().flat_map(|id| said_of(&id[..12])).collect();
+                            panic!("step {} of {:?} failed, and the daemon lives: {e}\n{said:#?}", life.next, life.kind)
                         }
                         Err(_) => return life,
                     }

@@ -313,6 +313,43 @@ async fn a_stop_overtakes_a_start_that_hangs() {
     daemon.leaves_nothing_but(&before);
 }
 
+/// What recovery could not come to, since the shim hung, is undone by the next start.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_whose_daemon_died_gives_way_to_the_next() {
+    if handler() != Handler::Ours {
+        return;
+    }
+    let dir = tempdir();
+    let hang = dir.path().join("hang");
+    let slow = runtime(dir.path(), &format!("while [ -e {} ]; do sleep 0.05; done", hang.display()));
+    let (mut daemon, cri) = start(&format!("[runtime]\nbinary = {slow:?}\n")).await;
+    let config = daemon.pod("half");
+    let pod = cri.run_pod(&config).await.unwrap();
+    let before = daemon.footprint();
+    let id = cri.create(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
+    std::fs::write(&hang, "").unwrap();
+    let starting = tokio::spawn({
+        let (cri, id) = (cri.clone(), id.clone());
+        async move { cri.start(&id).await }
+    });
+    let rootfs = daemon.bundles().join(&pod).join("tasks").join(&id).join("rootfs");
+    let mounted = || std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(rootfs.to_str().unwrap());
+    wait_for("the shim creates it", BOUND, mounted);
+    let shims = daemon.shims();
+    shims.iter().for_each(|s| signal(*s, rustix::process::Signal::STOP));
+    daemon.kill();
+    assert!(starting.await.unwrap().is_err());
+    daemon.begin().await;
+    shims.iter().for_each(|s| signal(*s, rustix::process::Signal::CONT));
+    std::fs::remove_file(&hang).unwrap();
+    let cri = daemon.cri().await;
+    cri.start(&id).await.unwrap();
+    assert_eq!(cri.exec(&id, &["echo", "once"], 10).await.unwrap().stdout, "once\n");
+    cri.stop(&id, 0).await.unwrap();
+    cri.remove(&id).await.unwrap();
+    daemon.leaves_nothing_but(&before);
+}
+
 /// A directory for scripts, logs and other files of the host's.
 fn tempdir() -> testkit::TempRoot {
     testkit::TempRoot::new()

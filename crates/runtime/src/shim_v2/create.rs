@@ -127,8 +127,13 @@ impl Inner {
             let options = options(&shim.handler, &task.config_json, spec.bundle_gid.is_some());
             return self.create_sandbox(&pod, &shim, spec, &task, options).await;
         }
-        // What could not be undone before, for it still had something to do.
-        if pod.task(&task.id).is_some_and(|t| t.is_condemned()) {
+        // What could not be undone before, for it still had something to do; or what a
+        // recovery did not come to: the shim may still create it for a daemon that died.
+        let undone = match pod.task(&task.id) {
+            Some(old) => !old.is_condemned() && !old.is_found(),
+            None => !self.layout.task(&pod.id, &task.id).exists(),
+        };
+        if !undone {
             self.undo(&pod, &shim, &task.id).await?;
         }
         let entry = Arc::new(Task::new(&task.id));

@@ -70,7 +70,7 @@ impl Inner {
             if pod.task(&id).is_some() {
                 continue;
             }
-            let task = Arc::new(Task::new(&id));
+            let task = Arc::new(Task::adopted(&id));
             if bundle::is_condemned(&self.layout.task(&pod.id, &id)) {
                 task.condemn();
             }

@@ -29,6 +29,8 @@ const LOG_END: Duration = Duration::from_secs(2);
 #[derive(Default)]
 pub(crate) struct Task {
     pub(crate) id: String,
+    /// An earlier daemon has made it, or was about to.
+    found: bool,
     /// Create has succeeded; before that its maker alone cleans up.
     made: AtomicBool,
     /// A Wait is outstanding that will tell its end.
@@ -50,11 +52,21 @@ impl Task {
         Self { id: id.to_string(), ..Self::default() }
     }
 
+    /// A task that an earlier daemon made, or was about to.
+    pub(crate) fn adopted(id: &str) -> Self {
+        Self { found: true, ..Self::new(id) }
+    }
+
     /// A task that an earlier daemon made.
     pub(crate) fn found(id: &str) -> Self {
-        let task = Self::new(id);
+        let task = Self::adopted(id);
         task.set_made();
         task
+    }
+
+    /// True for what nobody has asked this daemon to make.
+    pub(crate) fn is_found(&self) -> bool {
+        self.found
     }
 
     pub(crate) fn is_made(&self) -> bool {
