@@ -79,14 +79,15 @@ async fn a_killed_daemon_finds_all_again() {
         });
         let execs = || in_pid_namespace(pid).iter().filter(|(_, line)| line == "sleep 8765").count();
         wait_for("the exec runs", BOUND, || execs() == 1);
-        if handler().monitored() {
-            // A monitor that can't tell anybody the pid any more leaves its command alone.
-            let knows = format!("in container {talker}, which waits for the command's end");
-            wait_for("the daemon knows of it", BOUND, || {
-                let (_, findings) = daemon.doctor(&daemon.state(), &[]);
-                findings.iter().any(|f| f["found"].as_str().unwrap().contains(&knows))
-            });
-        }
+        // A monitor that can't tell anybody the pid any more leaves its command alone, and Go's
+        // shim one whose Start was not answered.
+        let knows = format!("exec in container {talker}, which waits for");
+        let awaits = if handler().monitored() { "the command's end" } else { "the shim's Wait" };
+        wait_for("the daemon knows of it", BOUND, || {
+            let (_, findings) = daemon.doctor(&daemon.state(), &[]);
+            let all: Vec<_> = findings.iter().map(|f| f["found"].as_str().unwrap()).collect();
+            all.iter().any(|f| f.contains(&knows) && f.contains(awaits) && !f.contains("the shim's Start"))
+        });
 
         daemon.kill();
         assert!(pending.await.unwrap().is_err());
