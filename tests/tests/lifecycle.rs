@@ -151,7 +151,7 @@ async fn execs_end_with_their_container_under_load() {
         assert!(status.exit_code == 137 || (name != "private" && status.exit_code == 143), "{name}: {status:?}");
         // The container has exited: so have its execs, and their callers know at once.
         assert_eq!(sleepers(), 0, "{name}");
-        let done = tokio::time::timeout(BOUND, execs.join_all()).await;
+        let done = tokio::time::timeout(Duration::from_secs(5), execs.join_all()).await;
         for out in done.unwrap_or_else(|_| panic!("{name}: execs go on after their container")) {
             let out = out.unwrap();
             assert_eq!((out.exit_code, &out.stdout[..]), (137, &b"up\n"[..]), "{name}");
@@ -238,14 +238,14 @@ async fn a_stop_is_honoured_bounded_and_can_be_hastened() {
     let begun = Instant::now();
     cri.stop(&id, 60).await.unwrap();
     assert_eq!(cri.status(&id).await.unwrap().exit_code, 5);
-    assert!(begun.elapsed() < Duration::from_secs(50), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 
     // Init of a pid namespace doesn't die of a signal that it doesn't handle.
     let id = cri.run(&pod, &container("deaf", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
     let begun = Instant::now();
     cri.stop(&id, 2).await.unwrap();
     assert_eq!(cri.status(&id).await.unwrap().exit_code, 137);
-    assert!((Duration::from_secs(2)..Duration::from_secs(30)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert!((Duration::from_secs(2)..Duration::from_secs(12)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
 
     let id = cri.run(&pod, &container("hastened", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
     let first = tokio::spawn({
@@ -265,7 +265,7 @@ async fn a_stop_is_honoured_bounded_and_can_be_hastened() {
     cri.stop(&id, 1).await.unwrap();
     first.await.unwrap().unwrap();
     longer.await.unwrap().unwrap();
-    assert!((Duration::from_secs(1)..Duration::from_secs(30)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert!((Duration::from_secs(1)..Duration::from_secs(10)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     assert_eq!(cri.status(&id).await.unwrap().exit_code, 137);
 }
 
