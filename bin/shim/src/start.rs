@@ -17,6 +17,8 @@ use types::{Error, ErrorKind, Result, ResultExt};
 
 /// Socket addresses are short: 107 bytes.
 const DIRECTORY: &str = "/run/longshore/s";
+/// How often a socket is made whose directory goes meanwhile.
+const BINDS: u32 = 50;
 /// Set to 3 where the caller's JSON shall say version 3: for callers other than
 /// containerd 1.7, which refuses it.
 const VERSION: &str = "LONGSHORE_SHIM_VERSION";
@@ -42,11 +44,15 @@ fn socket_path(flags: &Flags, bundle: &Path, group: Option<&str>, told: &Bootstr
 fn listen(path: &Path) -> Result<UnixListener> {
     let what = || format!("listen on {}", path.display());
     let mut bound = bind(path);
-    for _ in 0..3 {
-        // The last shim to end takes the directory away, perhaps at this moment.
-        if !matches!(&bound, Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
+    for _ in 0..BINDS {
+        // The last shim to end takes the directory away, perhaps at this moment: then
+        // it is not there, or was there and can't be seen to be a directory.
+        use std::io::ErrorKind::{AlreadyExists, NotFound};
+        if !matches!(&bound, Err(e) if matches!(e.kind(), NotFound | AlreadyExists)) {
             break;
         }
+        // Out of step with one who does the same.
+        std::thread::sleep(std::time::Duration::from_millis(1));
         bound = bind(path);
     }
     match bound {
@@ -287,6 +293,24 @@ mod tests {
         let mut elsewhere = told.clone();
         elsewhere.socket_dir = Some("/run/s".into());
         assert!(socket_path(&flags("a"), Path::new("/b"), None, &elsewhere).starts_with("/run/s"));
+    }
+
+    #[test]
+    fn a_shim_starts_while_the_last_one_takes_the_directory_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = dir.path().join("s");
+        let live = |name: &str| {
+            let path = shared.join(name);
+            for _ in 0..1000 {
+                drop(listen(&path).unwrap());
+                std::fs::remove_file(&path).unwrap();
+                let _ = std::fs::remove_dir(&shared);
+            }
+        };
+        std::thread::scope(|s| {
+            s.spawn(|| live("a"));
+            live("b");
+        });
     }
 
     #[test]

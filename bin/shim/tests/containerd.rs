@@ -21,7 +21,7 @@ fn ctr_runs_execs_kills_and_removes() {
     }
     let out = c.run(&["--rm"], "k", "kill -9 $$");
     // PID 1 can't kill itself: it goes on to its end.
-    assert_eq!(out.status.code(), Some(0));
+    assert_eq!(out.status.code(), Some(0), "{}", String::from_utf8_lossy(&out.stderr));
 
     let out = c.run(&["-d"], "d", "trap 'exit 9' TERM; while :; do sleep 0.1; done");
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));

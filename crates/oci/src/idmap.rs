@@ -19,6 +19,8 @@ use sys::ns_helper::{HelperCommand, IdRange, make_in_user_namespace};
 use types::{Error, Result, ResultExt};
 
 const DIRECTORY: &str = "/run/longshore/l";
+/// How often a place is made that meets the removal of the last one.
+const TRIES: u32 = 20;
 
 /// The mapping that mount options ask for, taken out of them.
 #[derive(Debug, PartialEq, Eq)]
@@ -109,8 +111,7 @@ impl Lowers {
         let mut lowers = Self { dir: place(bundle), bound: 0 };
         for layer in layers {
             let target = lowers.dir.join(lowers.bound.to_string());
-            let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&target);
-            made.context(|| format!("make {}", target.display()))?;
+            make(&target).context(|| format!("make {}", target.display()))?;
             // Counted first: its directory must go too.
             lowers.bound += 1;
             sys::mount::bind_idmapped(Path::new(layer), &target, namespace.as_fd())?;
@@ -128,6 +129,22 @@ impl Drop for Lowers {
     fn drop(&mut self) {
         let _ = clear(&self.dir);
     }
+}
+
+/// Makes a place and what is above it. Whoever takes the last place away takes
+/// [`DIRECTORY`] too, perhaps between two of our steps.
+fn make(place: &Path) -> std::io::Result<()> {
+    use std::io::ErrorKind::{AlreadyExists, NotFound};
+    // The second one: it was there, and gone when std looked whether it is a directory.
+    let again = |made: &std::io::Result<()>| matches!(made, Err(e) if matches!(e.kind(), NotFound | AlreadyExists));
+    let mut made = Ok(());
+    for _ in 0..TRIES {
+        made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(place);
+        if !again(&made) {
+            break;
+        }
+    }
+    made
 }
 
 fn place(bundle: &Path) -> PathBuf {
@@ -180,6 +197,24 @@ mod tests {
         assert_eq!(m.uids.len(), 2);
         assert_eq!(m.gids, [IdRange { inside: 0, outside: 7, length: 9 }]);
         assert_eq!(take(&mut o).unwrap(), None);
+    }
+
+    #[test]
+    fn a_place_is_made_while_the_last_one_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = dir.path().join("l");
+        let live = |name: &str| {
+            let own = shared.join(name);
+            for _ in 0..3000 {
+                make(&own.join("0")).unwrap();
+                std::fs::remove_dir(own.join("0")).and_then(|()| std::fs::remove_dir(&own)).unwrap();
+                let _ = std::fs::remove_dir(&shared);
+            }
+        };
+        std::thread::scope(|s| {
+            s.spawn(|| live("a"));
+            live("b");
+        });
     }
 
     #[test]
