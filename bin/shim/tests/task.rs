@@ -110,6 +110,7 @@ async fn two_hundred_execs_at_once_delay_nobody() {
     shim.create(&b, Io::default()).await.unwrap();
     shim.start_task(&b).await.unwrap();
     let mut slowest = Duration::ZERO;
+    let began = Instant::now();
     {
         let all = async {
             let one = |n: usize| {
@@ -145,8 +146,10 @@ async fn two_hundred_execs_at_once_delay_nobody() {
             () = sampler => {}
         }
     }
-    eprintln!("slowest State: {slowest:?}");
-    assert!(slowest < Duration::from_secs(20));
+    let all = began.elapsed();
+    eprintln!("slowest State: {slowest:?}, of {all:?}");
+    // Far from having waited for all of them, whatever the machine is.
+    assert!(slowest < all / 4, "{slowest:?} of {all:?}");
     shim.kill(&b, "", 9).await.unwrap();
     shim.wait(&b, "").await.unwrap();
     shim.delete(&b, "").await.unwrap();
