@@ -64,7 +64,7 @@ fn a_dead_shim_is_reported_and_cleaned_up() {
     let c = Containerd::start();
     let out = c.run(&["-d"], "dead", "while :; do sleep 1; done");
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let bundle = c.dir.path().join("state/io.containerd.runtime.v2.task/default/dead");
+    let bundle = c.bundles().join("dead");
     let pid: i32 = std::fs::read_to_string(bundle.join("shim.pid")).unwrap().trim().parse().unwrap();
     sys::pidfd::PidFd::open(pid).unwrap().signal(types::Signal::KILL).unwrap();
     // It goes last, after the mounts.
@@ -106,7 +106,7 @@ fn ctr_s_log_uris_are_served() {
     let out = c.run(&["--rm", "--log-uri", &uri], "lb", "echo out; echo err >&2; exit 7");
     assert_eq!(out.status.code(), Some(7), "{}", String::from_utf8_lossy(&out.stderr));
     assert_eq!((text(&into, "out").as_str(), text(&into, "err").as_str()), ("out\n", "err\n"));
-    assert_eq!(text(&into, "who"), "default lb\n");
+    assert_eq!(text(&into, "who"), format!("{} lb\n", c.namespace));
     assert!(!there(&into), "it is gone when ctr is");
 
     let file = c.dir.path().join("made/log");
@@ -122,7 +122,7 @@ fn ctr_s_log_uris_are_served() {
     let (exec, uri) = logger(c.dir.path(), "e");
     let out = c.ctr(&["task", "exec", "--exec-id", "e", "--log-uri", &uri, "ld", "/bin/sh", "-c", "echo in; exit 5"]);
     assert_eq!(out.status.code(), Some(5), "{}", String::from_utf8_lossy(&out.stderr));
-    assert_eq!((text(&exec, "out").as_str(), text(&exec, "who").as_str()), ("in\n", "default e\n"));
+    assert_eq!((text(&exec, "out"), text(&exec, "who")), ("in\n".into(), format!("{} e\n", c.namespace)));
     let pid = text(&into, "pid").trim().parse().unwrap();
     sys::pidfd::PidFd::open(pid).unwrap().signal(types::Signal::KILL).unwrap();
     for _ in 0..400 {
@@ -165,7 +165,7 @@ fn a_group_shares_a_shim_and_outlives_its_daemon() {
         let out = c.run(&pod, name, "trap 'exit 9' TERM; while :; do sleep 0.1; done");
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     }
-    let state = c.dir.path().join("state/io.containerd.runtime.v2.task/default");
+    let state = c.bundles();
     let pid = |name: &str| std::fs::read_to_string(state.join(name).join("shim.pid")).unwrap();
     assert_eq!((pid("one"), pid("two")), (pid("pod"), pid("pod")));
 

@@ -68,7 +68,8 @@ async fn a_logging_binary_takes_both_streams_of_a_container() {
         assert_eq!(exits, [7], "the binary's exit is nobody's");
         open.push(fds(&shim));
     }
-    assert_eq!(open[1], open[2], "the shim keeps nothing of it");
+    // The last call's own may be closed a moment later.
+    harness::until("a shim that keeps nothing of it", || fds(&shim) <= open[0]).await;
 }
 
 #[tokio::test]

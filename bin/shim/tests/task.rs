@@ -370,7 +370,8 @@ async fn a_pipe_held_by_a_grandchild_ends_with_the_exec_s_delete() {
     let began = Instant::now();
     shim.delete(&b, "g").await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(20));
-    assert_eq!(fds(), before, "the shim keeps nothing of it");
+    // The last call's own may be closed a moment later.
+    until("a shim that keeps nothing of it", || fds() <= before).await;
     shim.kill(&b, "", 9).await.unwrap();
     shim.wait(&b, "").await.unwrap();
     assert_eq!(out.text().await, "started\n");

@@ -50,7 +50,8 @@ fn place(h: &Hierarchy, path: &str) -> Option<PathBuf> {
     let below = if h.root == "/" { path } else { path.strip_prefix(&h.root)? };
     let below = below.trim_matches('/');
     // A container in the root cgroup has none of its own.
-    (!below.is_empty() && !below.split('/').any(|p| p == "..")).then(|| h.point.join(below))
+    let plain = |p: &str| !matches!(p, "" | "." | "..");
+    below.split('/').all(plain).then(|| h.point.join(below))
 }
 
 impl Cgroup {
@@ -98,6 +99,7 @@ impl Cgroup {
                 None => {}
             }
         }
+        c.settle();
         c
     }
 
@@ -121,11 +123,15 @@ impl Cgroup {
                 }
             }
         }
-        // In a hybrid the v2 side has no controllers and nothing to say.
-        if c.v1.contains_key("memory") || c.v1.contains_key("pids") {
-            c.bare = c.v2.take();
-        }
+        c.settle();
         c
+    }
+
+    /// In a hybrid the v2 side has no controllers and nothing to say.
+    fn settle(&mut self) {
+        if self.v1.contains_key("memory") || self.v1.contains_key("pids") {
+            self.bare = self.v2.take();
+        }
     }
 
     /// The v2 directory.
@@ -183,14 +189,36 @@ impl Cgroup {
         self.signal_all(Signal::KILL)
     }
 
+    fn directories(&self) -> impl Iterator<Item = &PathBuf> {
+        self.v1.values().chain(&self.v2).chain(&self.bare)
+    }
+
+    /// Kills whoever is in any of its directories: a runtime that is killed itself has
+    /// perhaps put a process into some of them only.
+    pub fn kill_everywhere(&self) {
+        for dir in self.directories() {
+            let members = || {
+                let mut pids = Vec::new();
+                walk(dir, &mut pids, 0);
+                pids
+            };
+            for pid in members() {
+                // Opened first and looked at again: the number may have moved on.
+                let Ok(p) = PidFd::open(pid) else { continue };
+                if members().contains(&pid) {
+                    let _ = p.signal(Signal::KILL);
+                }
+            }
+        }
+    }
+
     /// Removes its directories and those below; none must have a process any more.
     ///
     /// # Errors
     /// Naming those that stay.
     pub fn remove(&self) -> Result<()> {
-        let all = self.v1.values().chain(&self.v2).chain(&self.bare);
         // Controllers that are mounted together have one directory.
-        Error::join("remove the cgroup", all.filter_map(|dir| remove(dir, 0).err()).collect())
+        Error::join("remove the cgroup", self.directories().filter_map(|dir| remove(dir, 0).err()).collect())
     }
 
     /// Whether it is still there: systemd removes that of a scope as soon as nobody is
@@ -290,6 +318,13 @@ mod tests {
     fn our_own_cgroup_and_the_root_are_nobody_s() {
         let c = Cgroup::from_text("4:memory:/x\n3:pids:/\n", "4:memory:/x\n3:pids:/y\n", &hierarchies(V1));
         assert!(c.members().is_none() && c.processes().is_empty());
+    }
+
+    #[test]
+    fn a_path_that_is_none_names_no_cgroup() {
+        for path in ["/", "//", "/.", "/./", "/a/../..", "/a//b", "/a/./b"] {
+            assert!(hierarchies(V1).iter().all(|h| place(h, path).is_none()), "{path}");
+        }
     }
 
     #[test]

@@ -63,32 +63,21 @@ pub(crate) fn release(cgroup: &str) {
     }
 }
 
-/// Takes away the cgroup of a container that was never finished, and kills what is in
-/// it. A foreign shim's call of the OCI runtime can be killed half-way: Go's does that
-/// when the connection that asked for it breaks; the runtime then knows of no
-/// container, and its `delete` leaves the cgroup.
+/// Takes away the cgroup of a container that was never finished, with those below it,
+/// and kills what is in them. A foreign shim's call of the OCI runtime can be killed
+/// half-way: Go's does that when the connection that asked for it breaks; the runtime
+/// then knows of no container, and its `delete` leaves the cgroup.
 pub(crate) fn scrub(bundle: &Path) {
-    let Ok(text) = fs::read(bundle.join("config.json")) else { return };
-    let Ok(config) = serde_json::from_slice::<serde_json::Value>(&text) else { return };
-    // systemd's own way of naming one has colons, and a scope that is empty goes by itself.
-    let Some(path) = config["linux"]["cgroupsPath"].as_str().filter(|p| p.starts_with('/')) else { return };
-    let inside = Path::new(path.trim_start_matches('/'));
-    let plain = inside.components().all(|c| matches!(c, std::path::Component::Normal(_)));
-    if !plain || inside.as_os_str().is_empty() {
-        return;
-    }
-    let Ok(mounts) = fs::read_to_string("/proc/self/mounts") else { return };
-    for dir in hierarchies(&mounts).into_iter().map(|root| root.join(inside)).filter(|d| d.is_dir()) {
-        for _ in 0..SCRUBS {
-            if fs::remove_dir(&dir).is_ok() {
-                break;
-            }
-            let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-            for pid in procs.lines().filter_map(|l| rustix::process::Pid::from_raw(l.parse().ok()?)) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-            std::thread::sleep(SCRUB_PAUSE);
+    let cgroup = oci::cgroup::Cgroup::of_bundle(bundle);
+    for _ in 0..SCRUBS {
+        if cgroup.remove().is_ok() {
+            return;
         }
+        cgroup.kill_everywhere();
+        std::thread::sleep(SCRUB_PAUSE);
+    }
+    if let Err(e) = cgroup.remove() {
+        tracing::warn!(bundle = %bundle.display(), error = %e, "the cgroup of a container that is gone stays");
     }
 }
 
@@ -161,5 +150,36 @@ mod tests {
         let mounts = "proc /proc proc rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
                       cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
         assert_eq!(hierarchies(mounts), [Path::new("/sys/fs/cgroup/cpu"), Path::new("/sys/fs/cgroup/unified")]);
+    }
+    /// As a runtime that was killed in its `create` leaves it: a process in some of the
+    /// hierarchies, and a cgroup below.
+    #[test]
+    fn what_a_killed_create_leaves_is_taken_away_with_what_is_below() {
+        let name = format!("longshore-scrub-{}", std::process::id());
+        let bundle = tempfile::tempdir().unwrap();
+        let spec = serde_json::json!({"linux": {"cgroupsPath": format!("/{name}/c")}});
+        fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
+        let dirs = prepare(&format!("/{name}/c/below"));
+        assert!(!dirs.is_empty());
+        let mut victim = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        place(&dirs[..1], victim.id());
+        assert!(fs::read_to_string(dirs[0].join("cgroup.procs")).unwrap().contains(&victim.id().to_string()));
+        // Nobody else waits for it, and a zombie keeps no cgroup.
+        scrub(bundle.path());
+        let mut ended = victim.try_wait().unwrap();
+        for _ in 0..200 {
+            if ended.is_some() {
+                break;
+            }
+            std::thread::sleep(SCRUB_PAUSE);
+            ended = victim.try_wait().unwrap();
+        }
+        let _ = victim.kill();
+        let _ = victim.wait();
+        let left: Vec<_> = dirs.iter().filter_map(|d| d.parent()).filter(|d| d.exists()).collect();
+        release(&format!("/{name}/c/below"));
+        release(&format!("/{name}"));
+        assert!(ended.is_some(), "it was not killed");
+        assert!(left.is_empty(), "{left:?}");
     }
 }

@@ -22,6 +22,8 @@ fn live() -> MutexGuard<'static, usize> {
 /// A containerd with everything of its own in one directory.
 pub struct Containerd {
     pub dir: tempfile::TempDir,
+    /// Its tasks' namespace: runtime and cgroups of all tests are the node's.
+    pub namespace: String,
     daemon: Child,
 }
 
@@ -119,15 +121,17 @@ impl Containerd {
         let archive = image(dir.path());
         let daemon = daemon(dir.path());
         *live() += 1;
-        let c = Self { dir, daemon };
+        let unique = dir.path().file_name().unwrap().to_str().unwrap();
+        let namespace = unique.chars().filter(char::is_ascii_alphanumeric).collect();
+        let c = Self { dir, namespace, daemon };
         assert!(c.ctr(&["image", "import", archive.to_str().unwrap()]).status.success());
         c
     }
 
     pub fn ctr(&self, args: &[&str]) -> Output {
         let mut command = Command::new("ctr");
-        command.arg("-a").arg(self.dir.path().join("c.sock")).args(args).stdin(Stdio::null());
-        command.output().unwrap()
+        command.arg("-a").arg(self.dir.path().join("c.sock")).args(["-n", &self.namespace]);
+        command.args(args).stdin(Stdio::null()).output().unwrap()
     }
 
     pub fn ok(&self, args: &[&str]) -> String {
@@ -161,7 +165,7 @@ impl Containerd {
     pub fn on_terminal(&self, args: &[&str]) -> Output {
         let quoted = |t: &str| format!("'{}'", t.replace('\'', "'\\''"));
         let socket = self.dir.path().join("c.sock");
-        let mut line = format!("ctr -a {}", socket.display());
+        let mut line = format!("ctr -a {} -n {}", socket.display(), self.namespace);
         for arg in args {
             line.push(' ');
             line.push_str(&quoted(arg));
@@ -179,9 +183,13 @@ impl Containerd {
         Events { recorder, path }
     }
 
+    /// Where the bundles of its tasks are.
+    pub fn bundles(&self) -> PathBuf {
+        self.dir.path().join("state/io.containerd.runtime.v2.task").join(&self.namespace)
+    }
+
     pub fn shims(&self) -> usize {
-        let state = self.dir.path().join("state/io.containerd.runtime.v2.task/default");
-        std::fs::read_dir(state).into_iter().flatten().count()
+        std::fs::read_dir(self.bundles()).into_iter().flatten().count()
     }
 }
 
@@ -193,18 +201,18 @@ impl Drop for Containerd {
         }
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
-        // The runtime's state directory and the cgroup of ctr's namespace outlive
-        // their containers, empty.
+        // The runtime's state directory and the cgroup of the namespace outlive their
+        // containers, empty.
+        let _ = std::fs::remove_dir(Path::new("/run/longshore/runc").join(&self.namespace));
+        for controller in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let _ = std::fs::remove_dir(controller.path().join(&self.namespace));
+        }
         let mut live = live();
         *live -= 1;
-        if *live > 0 {
-            return;
-        }
-        for dir in ["/run/longshore/runc/default", "/run/longshore/runc", "/run/longshore"] {
-            let _ = std::fs::remove_dir(dir);
-        }
-        for controller in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            let _ = std::fs::remove_dir(controller.path().join("default"));
+        if *live == 0 {
+            for dir in ["/run/longshore/runc", "/run/longshore"] {
+                let _ = std::fs::remove_dir(dir);
+            }
         }
     }
 }
