@@ -140,10 +140,11 @@ impl Pod {
             }
             (None, None) => return Err(Error::not_found(format!("pod {} has no shim", self.id))),
         };
-        guard.done(&shim);
         place(inner, shim.pid);
-        watch_shim(inner, self, &shim, log);
+        // Before anybody can use the shim, or bury it: both need all tasks to be known.
         inner.adopt(self, &shim).await;
+        guard.done(&shim);
+        watch_shim(inner, self, &shim, log);
         Ok(shim)
     }
 }
