@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 /// So many digits of the pod's id are in the name: 64 random bits.
 const DIGITS: usize = 16;
+/// How often a step is done that meets the removal of the directory.
+const TRIES: u32 = 20;
 
 /// The directory of the pinned network namespaces.
 #[derive(Debug, Clone)]
@@ -34,6 +36,22 @@ impl NetnsDir {
     /// # Errors
     /// Names the directory.
     pub fn prepare(&self) -> Result<bool> {
+        self.again(|| self.prepare_once())
+    }
+
+    /// Does what fails where another runtime, at its end, takes the directory away.
+    fn again<T>(&self, step: impl Fn() -> Result<T>) -> Result<T> {
+        let mut done = step();
+        for _ in 0..TRIES {
+            if !matches!(&done, Err(e) if e.is_not_found()) {
+                break;
+            }
+            done = step();
+        }
+        done
+    }
+
+    fn prepare_once(&self) -> Result<bool> {
         std::fs::create_dir_all(&self.dir).context(|| format!("make {}", self.dir.display()))?;
         let _lock = self.lock()?;
         let real = self.dir.canonicalize().context(|| format!("resolve {}", self.dir.display()))?;
@@ -81,11 +99,25 @@ impl NetnsDir {
         self.dir.join(format!("longshore-{short}"))
     }
 
-    /// Pins the namespace that `link` (`/proc/…/ns/net`) leads to.
+    /// Pins the namespace that `link` (`/proc/…/ns/net`) leads to. The directory is made
+    /// again where it has gone since [`Self::prepare`].
     ///
     /// # Errors
-    /// `AlreadyExists` when the pod has a pin.
+    /// `AlreadyExists` when the pod has a pin, `NotFound` without that namespace.
     pub fn pin(&self, pod_id: &str, link: &Path) -> Result<PathBuf> {
+        self.again(|| match self.pin_once(pod_id, link) {
+            Err(e) if e.is_not_found() => {
+                // One more mount that stays with the next pin, and that nobody counts as his.
+                self.prepare()?;
+                Err(e)
+            }
+            done => done,
+        })
+    }
+
+    fn pin_once(&self, pod_id: &str, link: &Path) -> Result<PathBuf> {
+        // Whoever takes the directory away looks first whether there is a pin.
+        let _lock = self.lock()?;
         let path = self.path(pod_id);
         std::fs::OpenOptions::new()
             .write(true)
@@ -145,6 +177,15 @@ mod tests {
             netns.release().unwrap();
             netns.release().unwrap();
         }
+        // Another runtime on the node has taken it away, and knows of no pin to come.
+        let _ = std::fs::remove_dir(root.path().join("netns"));
+        let pinned = netns.pin(pod, Path::new("/proc/self/ns/net")).unwrap();
+        assert_eq!(sys::namespace::inode(&pinned).unwrap(), own);
+        assert!(sys::mount::mount_of(pinned.parent().unwrap()).unwrap().shared);
+        netns.unpin(pod).unwrap();
+        assert_eq!(netns.pin(pod, Path::new("/proc/self/ns/none")).unwrap_err().kind(), ::types::ErrorKind::NotFound);
+        assert!(!pinned.exists());
+        let _ = sys::mount::detach(&root.path().join("netns")).unwrap();
         assert_eq!(sys::mount::mounts_below(root.path()).unwrap(), Vec::<PathBuf>::new());
     }
 

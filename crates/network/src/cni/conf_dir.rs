@@ -130,7 +130,9 @@ impl ConfDir {
 
 fn reload(dir: &Path, loaded: &RwLock<Arc<Loaded>>) {
     let before = loaded.read().unwrap_or_else(PoisonError::into_inner).clone();
-    let now = Loaded::load(dir, &before);
+    let now = Arc::new(Loaded::load(dir, &before));
+    // Before it is told: whoever has read of it shall meet it.
+    *loaded.write().unwrap_or_else(PoisonError::into_inner) = now.clone();
     for complaint in now.complaints.iter().filter(|c| !before.complaints.contains(c)) {
         tracing::warn!("{complaint}");
     }
@@ -138,7 +140,6 @@ fn reload(dir: &Path, loaded: &RwLock<Arc<Loaded>>) {
     if names(&now) != names(&before) {
         tracing::info!("CNI networks in {}: {}", dir.display(), names(&now).join(", "));
     }
-    *loaded.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(now);
 }
 
 async fn follow(dir: PathBuf, loaded: std::sync::Weak<RwLock<Arc<Loaded>>>, mut watch: Result<Watch>) {

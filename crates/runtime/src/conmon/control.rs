@@ -25,8 +25,10 @@ fn tell(bundle: &Path, line: &str) -> Result<()> {
     let what = || format!("write {:?} to {}", line.trim(), path.display());
     // Not waiting: without a reader there is no monitor.
     let fd = rustix::fs::open(&path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
-        .context(what)
-        .map_err(|e| e.hint("its monitor is gone"))?;
+        .map_err(|e| match e {
+            rustix::io::Errno::NXIO => Error::precondition(format!("{}: its monitor is gone", what())).because(e),
+            e => Err::<(), _>(e).context(what).unwrap_err(),
+        })?;
     // Shorter than PIPE_BUF: written as a whole or not at all.
     rustix::io::write(&fd, line.as_bytes()).context(what).map(drop)
 }
@@ -107,11 +109,18 @@ impl Inner {
                 ready.clear_ready();
             }
         };
-        tokio::time::timeout(REOPEN_BOUND, opened).await.map_err(|_| {
-            Error::deadline(format!(
-                "reopen the log of container {id}: its monitor has not done it within {REOPEN_BOUND:?}"
-            ))
-            .hint(format!("can it write to {}?", parent.display()))
-        })
+        tokio::select! {
+            biased;
+            done = tokio::time::timeout(REOPEN_BOUND, opened) => done.map_err(|_| {
+                Error::deadline(format!(
+                    "reopen the log of container {id}: its monitor has not done it within {REOPEN_BOUND:?}"
+                ))
+                .hint(format!("can it write to {}?", parent.display()))
+            }),
+            // The container has ended meanwhile, and the monitor hears nobody any more.
+            () = monitor.ended() => {
+                Err(Error::precondition(format!("reopen the log of container {id}: its monitor has ended")))
+            }
+        }
     }
 }

@@ -10,7 +10,6 @@ use prost::Message;
 use proto::containerd::events::TaskOom;
 use proto::containerd::services::events::ttrpc::v1::{Events, EventsClient, ForwardRequest, register_events};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::asynchronous::transport::Listener;
@@ -31,7 +30,7 @@ impl Events for Sink {
         {
             let pods: Vec<_> = inner.pods().values().cloned().collect();
             if let Some(task) = pods.iter().find_map(|p| p.task(&oom.container_id)) {
-                task.oom.store(true, Ordering::SeqCst);
+                task.oom.send_replace(true);
             }
         }
         Ok(())

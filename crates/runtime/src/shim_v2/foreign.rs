@@ -5,14 +5,22 @@
 //! holds both of their ends until its copy ends, so a restart of the daemon is
 //! no hang-up; what to log where is kept in the bundle's io.json.
 
+use super::Inner;
+use super::pod::Pod;
+use super::shim::Shim;
+use super::task::Task;
 use crate::api::TaskIo;
-use crate::bundle::{make_fifo, write_atomic};
+use crate::bundle::{blocking, make_fifo, write_atomic};
+use oci::cgroup::Cgroup;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use stdio::{Format, Log, Stream, Writer};
-use types::{ErrorKind, Result, ResultExt};
+use types::{ErrorKind, ExitStatus, Result, ResultExt};
+
+/// How long an exit is held back for what belongs to it, as our own shim does.
+const LAST_WORDS: Duration = Duration::from_millis(250);
 
 /// The thread that writes foreign shims' logs; started when the first is needed.
 #[derive(Default)]
@@ -82,6 +90,35 @@ impl Logger {
     pub(crate) async fn finish(self, bound: Duration) {
         if tokio::time::timeout(bound, self.log.ended()).await.is_err() {
             tracing::debug!("a foreign shim still holds its container's log");
+        }
+    }
+}
+
+impl Inner {
+    /// What may still be on its way when a foreign shim tells a container's end: the rest
+    /// of its log, for whoever reads that after the exit, and whether the OOM killer
+    /// struck, which the shim tells on a connection of its own.
+    pub(super) async fn last_words(&self, pod: &Pod, shim: &Shim, task: &Task, status: ExitStatus) {
+        if shim.own() {
+            return;
+        }
+        if let Some(logger) = task.log() {
+            logger.finish(LAST_WORDS).await;
+        }
+        let bundle = self.layout.task(&pod.id, &task.id);
+        // It is there until Delete, and its count tells all.
+        let look = blocking(move || {
+            let cgroup = Cgroup::of_bundle(&bundle);
+            Ok(cgroup.exists().then(|| cgroup.oom_kills()))
+        });
+        match look.await {
+            Ok(Some(0)) => {}
+            Ok(Some(_)) => drop(task.oom.send_replace(true)),
+            // One of systemd's goes with its last process.
+            _ if status == ExitStatus::Signal(9) && !task.was_signalled() => {
+                let _ = tokio::time::timeout(LAST_WORDS, task.oom.subscribe().wait_for(|oom| *oom)).await;
+            }
+            _ => {}
         }
     }
 }

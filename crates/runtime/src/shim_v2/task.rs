@@ -40,7 +40,7 @@ pub(crate) struct Task {
     /// Set once, and then told.
     exit: OnceLock<Certificate>,
     /// The kernel's OOM killer struck, as a foreign shim's event said.
-    pub(crate) oom: AtomicBool,
+    pub(crate) oom: tokio::sync::watch::Sender<bool>,
     /// The last signal that was sent, and why.
     killed: Mutex<Option<(Signal, String)>>,
     /// Writes a foreign shim's output into the CRI log.
@@ -90,6 +90,16 @@ impl Task {
         self.logger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Where the daemon writes its log.
+    pub(crate) fn log(&self) -> Option<Logger> {
+        self.logger().clone()
+    }
+
+    /// Whether this daemon has sent it a signal.
+    pub(crate) fn was_signalled(&self) -> bool {
+        self.killed.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     pub(crate) fn is_condemned(&self) -> bool {
         self.condemned.load(Ordering::SeqCst)
     }
@@ -112,7 +122,7 @@ impl Task {
     /// Adds what only this side knows: a shim can tell that a signal came through
     /// it, but not why.
     fn complete(&self, mut certificate: Certificate) -> Certificate {
-        if self.oom.load(Ordering::SeqCst) {
+        if *self.oom.borrow() {
             certificate.oom_killed = true;
         }
         if let ExitStatus::Signal(n) = certificate.status
@@ -148,6 +158,7 @@ impl Inner {
                     Ok(answer) => {
                         let certificate =
                             inner.certificate(&pod.id, &task.id, answer.exit_status, answer.exited_at).await;
+                        inner.last_words(&pod, &shim, &task, certificate.status).await;
                         inner.ended(&pod, &task, certificate);
                         return;
                     }
