@@ -173,7 +173,15 @@ impl Daemon {
         if let Some(point) = fault {
             command.env("LONGSHORE_FAULT", point);
         }
-        self.child = Some(command.spawn().unwrap());
+        self.child = Some(loop {
+            match command.spawn() {
+                // A test beside this one forked while the program was copied to its place.
+                Err(e) if e.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                child => break child.unwrap(),
+            }
+        });
     }
 
     /// The command line that serves from its directories.

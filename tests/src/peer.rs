@@ -2,7 +2,7 @@
 
 use crate::client::Cri;
 use crate::daemon::{bin_dir, signal};
-use crate::node::{command_line, processes};
+use crate::node::{command_line, parent, processes};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -92,7 +92,9 @@ impl Containerd {
             let line = command_line(*pid);
             line.contains("containerd-shim-") && line.contains(&socket)
         };
-        processes().into_iter().filter(is_shim).collect()
+        let all: Vec<u32> = processes().into_iter().filter(is_shim).collect();
+        // What a shim has just forked bears its command line until its exec.
+        all.iter().copied().filter(|pid| parent(*pid).is_none_or(|p| !all.contains(&p))).collect()
     }
 
     /// Its log so far.

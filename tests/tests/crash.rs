@@ -457,6 +457,7 @@ async fn endure(cri: Cri, config: PodSandboxConfig, kind: Kind, done: Arc<Atomic
             while let Err(e) = if step == 0 { cri.stop_pod(&pod).await } else { cri.remove_pod(&pod).await } {
                 tries += 1;
                 assert!(tries < 5, "pod {pod} can't be removed: {e}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
@@ -541,7 +542,7 @@ async fn killed_shims_end_their_containers_alone_and_leave_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_that_hangs_delays_its_own_pod_alone() {
-    let daemon = Daemon::with("[runtime]\nstep_timeout = 10\n").await;
+    let daemon = Daemon::with("[runtime]\nstep_timeout = 30\n").await;
     daemon.import(&busybox(), IMAGE);
     let cri = daemon.cri().await;
     let mut lives = Vec::new();
@@ -571,7 +572,7 @@ async fn a_shim_that_hangs_delays_its_own_pod_alone() {
         assert_eq!(cri.exec(&other, &["echo", "here"], 20).await.unwrap().stdout, "here\n".as_bytes());
         assert_eq!(cri.pods().await.unwrap().len(), 2);
         assert_eq!(cri.status(&hangs).await.unwrap().state(), ContainerState::ContainerRunning);
-        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
     }
     let e = stuck.await.unwrap().unwrap_err();
     assert!(e.message().contains("the shim did not answer within"), "{e}");

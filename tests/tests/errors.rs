@@ -189,8 +189,8 @@ async fn names_are_taken_once_and_stopped_pods_start_nothing() {
 }
 
 /// A daemon on a disk of 64 MiB, and a pod with a container that runs and one that
-/// ends two seconds later.
-async fn small() -> (Daemon, Footprint, PodSandboxConfig, String, [String; 2]) {
+/// ends after so many seconds.
+async fn small(seconds: &str) -> (Daemon, Footprint, PodSandboxConfig, String, [String; 2]) {
     let daemon = Daemon::on(TempRoot::small_disk(64 << 20), "").await;
     daemon.import(&busybox(), IMAGE);
     let cri = daemon.cri().await;
@@ -198,13 +198,13 @@ async fn small() -> (Daemon, Footprint, PodSandboxConfig, String, [String; 2]) {
     let config = daemon.pod("full");
     let pod = cri.run_pod(&config).await.unwrap();
     let main = cri.run(&pod, &container("main", IMAGE, &["sleep", "100000"]), &config).await.unwrap();
-    let brief = cri.run(&pod, &container("brief", IMAGE, &["sleep", "2"]), &config).await.unwrap();
+    let brief = cri.run(&pod, &container("brief", IMAGE, &["sleep", seconds]), &config).await.unwrap();
     (daemon, empty, config, pod, [main, brief])
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_is_named() {
-    let (daemon, empty, config, pod, _) = small().await;
+    let (daemon, empty, config, pod, _) = small("100000").await;
     let cri = daemon.cri().await;
     let registry = testkit::registry();
     let before = daemon.footprint();
@@ -248,7 +248,7 @@ async fn on_a_full_disk_every_end_is_carried_out_and_remembered() {
     if !told && not_with(Handler::Conmon, "it can't write an exit status to a full disk") {
         return;
     }
-    let (mut daemon, empty, config, pod, [main, brief]) = small().await;
+    let (mut daemon, empty, config, pod, [main, brief]) = small("2").await;
     let cri = daemon.cri().await;
     let filler = fill(daemon.dir(), 0);
     assert_eq!(cri.status(&main).await.unwrap().state(), ContainerState::ContainerRunning);

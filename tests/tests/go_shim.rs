@@ -134,8 +134,7 @@ esac
 exec runc "$@"
 "#;
     let path = dir.join("slow-runc");
-    std::fs::write(&path, script).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::script(&path, script);
 }
 
 /// Its calls of the OCI runtime die with it: what they had made half is ours to find.

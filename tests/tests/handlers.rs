@@ -184,7 +184,7 @@ async fn a_pods_own_task_is_a_pause_or_its_shim() {
         let pid = u32::try_from(pod_info(&cri, &pod).await["pid"].as_u64().unwrap()).unwrap();
         if handler == "vm" {
             // A process of its own, whose end is the pod's, but not its containers'.
-            assert!(longshore_tests::command_line(pid).contains("/init"), "{}", longshore_tests::command_line(pid));
+            wait_for("the pod's own process", BOUND, || longshore_tests::command_line(pid).contains("/init"));
             signal(pid, rustix::process::Signal::KILL);
             until_not_ready(&cri, &pod).await;
             assert_eq!(cri.status(&id).await.unwrap().state(), ContainerState::ContainerRunning);

@@ -150,6 +150,10 @@ async fn execs_end_with_their_container_under_load() {
         // Where it is no init of a pid namespace, SIGTERM may have been quicker.
         assert!(status.exit_code == 137 || (name != "private" && status.exit_code == 143), "{name}: {status:?}");
         // The container has exited: so have its execs, and their callers know at once.
+        if handler() == Handler::GoShim {
+            // It has sent the signals, and awaits no death.
+            wait_for("its execs are dead", BOUND, || sleepers() == 0);
+        }
         assert_eq!(sleepers(), 0, "{name}");
         let done = tokio::time::timeout(Duration::from_secs(5), execs.join_all()).await;
         for out in done.unwrap_or_else(|_| panic!("{name}: execs go on after their container")) {
@@ -401,7 +405,7 @@ async fn a_shared_pid_namespace_has_an_init_that_reaps_and_must_live() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rotating_a_log_loses_no_line() {
-    const LINES: usize = 60_000;
+    const LINES: usize = 200_000;
     let (daemon, cri) = start("").await;
     let mut config = daemon.pod("log");
     let dir = daemon.dir().join("pod-logs");
@@ -642,8 +646,7 @@ fn runtime(dir: &std::path::Path, before_create: &str) -> PathBuf {
     let script = format!(
         "#!/bin/sh\nfor a in \"$@\"; do\n  if [ \"$a\" = create ]; then {before_create}; fi\ndone\nexec runc \"$@\"\n"
     );
-    std::fs::write(&path, script).unwrap();
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    testkit::script(&path, script);
     path
 }
 

@@ -241,7 +241,8 @@ async fn daemon_and_shim_die_together() {
     let id = cri.run(&pod, &c, &config).await.unwrap();
     let shims = daemon.shims();
     daemon.kill();
-    shims.into_iter().for_each(kill);
+    shims.iter().copied().for_each(kill);
+    wait_for("the shims are dead", BOUND, || shims.iter().all(|s| command_line(*s).is_empty()));
     daemon.begin().await;
     let cri = daemon.cri().await;
     assert_eq!(cri.exited(&id, BOUND).await.exit_code, 137);

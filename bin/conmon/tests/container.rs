@@ -318,8 +318,7 @@ fn lines_go_to_the_journal() {
 
 fn fake_runtime(n: &Node, script: &str) -> std::path::PathBuf {
     let path = n.path("fake-runtime");
-    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    testkit::script(&path, format!("#!/bin/sh\n{script}\n"));
     path
 }
 

@@ -85,8 +85,7 @@ fn the_end_is_told_while_others_hold_the_pipes() {
 fn a_runtime_that_hangs_is_bounded_too() {
     let (n, _m) = running();
     let hanging = n.path("hanging");
-    std::fs::write(&hanging, "#!/bin/sh\nexec sleep 1000\n").unwrap();
-    std::fs::set_permissions(&hanging, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    testkit::script(&hanging, "#!/bin/sh\nexec sleep 1000\n");
     let mut m = n.exec(&n.process(&["/bin/true"], false), &["-T", "1", "-r", hanging.to_str().unwrap()]);
     assert_eq!(m.line().unwrap()["message"], "command timed out");
     m.gone();

@@ -235,8 +235,7 @@ fn a_call_ends_with_its_monitor() {
     let n = Node::new(&["/bin/true"]);
     let slow = n.path("slow");
     let script = format!("#!/bin/sh\necho $$ > {0}/call\nexec sleep 1000\n", n.dir.path().display());
-    std::fs::write(&slow, script).unwrap();
-    std::fs::set_permissions(&slow, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    testkit::script(&slow, script);
     let m = n.create(&["-r", slow.to_str().unwrap()]);
     let call = || std::fs::read_to_string(n.path("call")).ok()?.trim().parse::<i32>().ok();
     wait_for("the call", || call().is_some());
@@ -250,8 +249,7 @@ fn sigterm_while_creating_ends_the_call() {
     let n = Node::new(&["/bin/true"]);
     let slow = n.path("slow");
     let script = format!("#!/bin/sh\necho $$ > {0}/call\nexec sleep 1000\n", n.dir.path().display());
-    std::fs::write(&slow, script).unwrap();
-    std::fs::set_permissions(&slow, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    testkit::script(&slow, script);
     let mut m = n.create(&["-r", slow.to_str().unwrap()]);
     wait_for("the call", || std::fs::read_to_string(n.path("call")).is_ok_and(|t| t.ends_with('\n')));
     sys::pidfd::PidFd::open(m.pid).unwrap().signal(types::Signal::TERM).unwrap();

@@ -23,8 +23,7 @@ fn pretender(dir: &Path) -> PathBuf {
         "#!/bin/sh\nfor a in \"$@\"; do\n  if [ \"$a\" = checkpoint ]; then echo \"$@\" > {}; exit 0; fi\ndone\nexec runc \"$@\"\n",
         note.display()
     );
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::script(&script, text);
     script
 }
 
@@ -119,8 +118,7 @@ exec runc "$@"
 "#,
         dir.join("arguments").display()
     );
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::script(&script, text);
     script
 }
 

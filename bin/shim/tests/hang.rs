@@ -8,7 +8,6 @@ use harness::{Io, Shim, code};
 use proto::containerd::runc::v1::Options;
 use proto::containerd::task::v3 as task;
 use proto::containerd::types::Mount;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -29,8 +28,7 @@ fn runtime_but_for(dir: &Path, verb: &str, script: &str) -> PathBuf {
         "#!/bin/sh\nfor a in \"$@\"; do\n  if [ \"$a\" = {verb} ]; then echo $$ >{pid}.new; mv {pid}.new {pid}; {script}; fi\n\
          done\nexec runc \"$@\"\n"
     );
-    std::fs::write(&path, text).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::script(&path, text);
     path
 }
 
@@ -237,8 +235,7 @@ fn runtime_without_cgroups(dir: &Path) -> PathBuf {
     let path = dir.join("simple");
     let text = "#!/bin/sh\nfor a in \"$@\"; do\n  [ \"$last\" = --pid-file ] && file=$a\n  last=$a\ndone\n\
                 [ -z \"$file\" ] || { sleep 1000 & echo $! >\"$file\"; }\n";
-    std::fs::write(&path, text).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::script(&path, text);
     path
 }
 

@@ -202,8 +202,8 @@ fn a_shim_that_no_caller_hears_of_is_ended() {
     let all = Bundles::new();
     let dir = all.bundle("a", &serde_json::json!({}));
     let socket = dir.join("s/shim.sock");
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
+    // Its answer can't be written.
+    let writer = std::fs::File::options().write(true).open("/dev/full").unwrap();
     let mut command = Command::new(BINARY);
     command.args(["-namespace", "test", "-id", "a", "-address", "", "-publish-binary", "", "-socket"]);
     command.arg(&socket).arg("start").current_dir(&dir).stdin(Stdio::null()).stdout(writer);

@@ -49,6 +49,9 @@ const INHERITED: [&str; 5] = ["PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS
 /// The longest that a call may take that waits for no disk.
 pub const SHORT: Duration = Duration::from_secs(20);
 
+/// How long what a killed call has borne may take to die.
+const DEATHS: Duration = Duration::from_secs(5);
+
 impl Config {
     /// Defaults for a binary: its own state directory, 60 s for the longest calls.
     pub fn new(binary: impl Into<PathBuf>, scratch: impl Into<PathBuf>) -> Self {
@@ -183,10 +186,20 @@ impl Command {
         let status = match early {
             Ok(status) => status,
             Err(e) => {
-                self.kill_all(&child);
+                let killed = self.kill_all(&child);
                 child.wait().await;
+                // What they were about to make would come after whoever takes it away.
+                let gone = move || {
+                    let until = std::time::Instant::now() + DEATHS;
+                    killed.iter().all(|p| p.ended_within(until.saturating_duration_since(std::time::Instant::now())))
+                };
+                let gone = tokio::task::spawn_blocking(gone).await;
                 let _ = std::fs::remove_file(&log);
-                return Err(e);
+                return Err(if matches!(gone, Ok(true)) {
+                    e
+                } else {
+                    e.hint("what it had begun was killed and hangs")
+                });
             }
         };
         // Only failures are of interest; a file that isn't there says nothing.
@@ -195,27 +208,15 @@ impl Command {
         Ok(Output { status, stdout, log: text })
     }
 
-    /// A runc that protects its binary (CVE-2019-5736) by a mount in the container's
-    /// directory, and is killed before it has taken that off again, leaves it; its
-    /// delete then can't remove the directory.
-    fn unmount_own_binary(&self, id: &str) {
-        use rustix::mount::{UnmountFlags, unmount};
-        let Some(root) = &self.config.root else { return };
-        let entries = std::fs::read_dir(root.join(id)).into_iter().flatten().flatten();
-        for entry in entries.filter(|e| e.file_name().as_encoded_bytes().starts_with(b"runc.")) {
-            // Mostly it is none.
-            let _ = unmount(entry.path(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        }
-    }
-
     /// Kills a call that has not been reaped yet, with all that it has borne.
-    fn kill_all(&self, call: &Child) {
-        let _ = kill_call(call.pid(), |borne| {
+    fn kill_all(&self, call: &Child) -> Vec<PidFd> {
+        let killed = kill_call(call.pid(), |borne| {
             if let Some(Victims(tell)) = &self.victims {
                 tell(borne);
             }
         });
         let _ = call.signal(Signal::KILL);
+        killed
     }
 
     /// The same, but anything other than 0 is a failure: it names the call and has
@@ -294,7 +295,9 @@ impl Runtime for Command {
 
     async fn delete(&self, id: &str, force: bool) -> Result<()> {
         if force {
-            self.unmount_own_binary(id);
+            if let Some(root) = &self.config.root {
+                unmount_own_binary(root, id);
+            }
             return self.simple("delete", &["--force", id]).await;
         }
         self.simple("delete", &[id]).await
@@ -371,14 +374,37 @@ async fn aborted(abort: Option<watch::Receiver<bool>>) {
     std::future::pending().await
 }
 
+/// A runc that protects its binary (CVE-2019-5736) by a mount in the container's
+/// directory below `root`, and is killed before it has taken that off again, leaves it;
+/// its delete then can't remove the directory.
+pub fn unmount_own_binary(root: &Path, id: &str) {
+    use rustix::mount::{UnmountFlags, unmount};
+    let entries = std::fs::read_dir(root.join(id)).into_iter().flatten().flatten();
+    for entry in entries.filter(|e| e.file_name().as_encoded_bytes().starts_with(b"runc.")) {
+        // Mostly it is none.
+        let _ = unmount(entry.path(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+    }
+}
+
 /// Kills a runtime call with all that it has borne: hooks are in its group, the
 /// container's init is not. `tell` hears of these while they still live. `call` must
 /// be sure to be the call's number. Returns them all: until they have ended, what they
 /// were about to make may still come.
 pub fn kill_call(call: i32, tell: impl FnOnce(&[i32])) -> Vec<PidFd> {
-    let borne = descendants(call);
-    tell(&borne);
-    let held: Vec<PidFd> = borne.iter().chain([&call]).filter_map(|pid| PidFd::open(*pid).ok()).collect();
+    let mut held: Vec<PidFd> = PidFd::open(call).into_iter().collect();
+    // Stopped they bear no more: the kernel breaks off a fork of whoever has a signal
+    // to take. One that had forked just before shows at the next look.
+    loop {
+        let borne = descendants(call);
+        let new = borne.iter().filter(|pid| held.iter().all(|h| h.pid() != **pid));
+        let new: Vec<PidFd> = new.filter_map(|pid| PidFd::open(*pid).ok()).collect();
+        held.iter().chain(&new).for_each(|p| drop(p.signal(Signal::STOP)));
+        if new.is_empty() {
+            tell(&borne);
+            break;
+        }
+        held.extend(new);
+    }
     if let Some(group) = rustix::process::Pid::from_raw(call) {
         let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
     }

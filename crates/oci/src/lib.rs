@@ -21,7 +21,7 @@ pub mod mounts;
 pub mod oom;
 
 pub use children::{Call, Child, Children, Claim, Status, ended};
-pub use command::{Command, Config, kill_call, unfinished_calls};
+pub use command::{Command, Config, kill_call, unfinished_calls, unmount_own_binary};
 pub use detect::{Found, detect, find_binary};
 pub use message::{kind as kind_of, last_error};
 

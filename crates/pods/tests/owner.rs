@@ -115,6 +115,13 @@ impl Rig {
         self.pods.run_pod(pod_config(name, NamespaceMode::Container), "").await.unwrap()
     }
 
+    /// Waits until the runtime has been asked for this.
+    async fn called(&self, call: Call) {
+        while !self.fake.calls().iter().any(|(c, _)| *c == call) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     async fn created(&self, pod: &str, name: &str) -> String {
         self.pods.create_container(pod, container_config(name)).await.unwrap()
     }
@@ -164,7 +171,7 @@ async fn an_exit_that_overtakes_the_answer_to_its_start_is_kept() {
         let (pods, id) = (rig.pods.clone(), id.clone());
         async move { pods.start_container(&id).await }
     });
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    soon(rig.called(Call::StartTask)).await;
     rig.fake.exit(&pod, &id, ExitStatus::Code(7));
     rig.fake.exit(&pod, &id, ExitStatus::Code(9));
     gate.notify_one();
@@ -196,7 +203,7 @@ async fn a_stop_overtakes_a_start_that_hangs() {
         let (pods, id) = (rig.pods.clone(), id.clone());
         async move { pods.start_container(&id).await }
     });
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    soon(rig.called(Call::StartTask)).await;
     soon(rig.pods.stop_container(&id, Duration::ZERO)).await.unwrap();
     let e = soon(start).await.unwrap().unwrap_err();
     assert_eq!(e.kind(), ErrorKind::FailedPrecondition, "{e}");

@@ -24,7 +24,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode};
 use rustix::mount::UnmountFlags;
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use types::{Certificate, Error, ErrorKind, Result, ResultExt};
 
@@ -190,12 +190,48 @@ pub(crate) fn unmount_rootfs(dir: &Path) -> Result<()> {
     Err(Error::internal(format!("unmount {}: there is always one more mount", rootfs.display())))
 }
 
+/// Takes away the mount points that a runtime has made in a root file system whose
+/// mount was gone already: empty directories and empty files. Anything else is nobody's
+/// to remove, and stays.
+fn remove_mount_points(rootfs: &Path) -> Result<()> {
+    fn clear(dir: &Path, device: u64) -> std::io::Result<()> {
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            let meta = path.symlink_metadata()?;
+            if meta.dev() != device {
+                continue;
+            }
+            if meta.is_dir() {
+                clear(&path, device)?;
+                // One that is not empty shows when the root is removed.
+                let _ = fs::remove_dir(&path);
+            } else if meta.is_file() && meta.len() == 0 {
+                fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+    let what = || format!("remove the mount points in {}", rootfs.display());
+    if !sys::mount::mounts_below(rootfs)?.is_empty() {
+        return Err(Error::internal(format!("{}: something is mounted there", what())));
+    }
+    let device = rootfs.symlink_metadata().context(what)?.dev();
+    clear(rootfs, device).context(what)
+}
+
 /// Removes a container's bundle, its mounts first: nothing is ever removed
 /// through a mount. The certificate goes before what says that it counts for nothing.
 pub(crate) fn remove_task(dir: &Path) -> Result<()> {
     unmount_rootfs(dir)?;
     let rootfs = dir.join("rootfs");
-    match fs::remove_dir(&rootfs) {
+    let removed = match fs::remove_dir(&rootfs) {
+        Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+            remove_mount_points(&rootfs)?;
+            fs::remove_dir(&rootfs)
+        }
+        other => other,
+    };
+    match removed {
         Ok(()) => {}
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(e).context(|| format!("remove {}", rootfs.display())),
@@ -281,7 +317,6 @@ pub(crate) fn remove_socket(address: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::MetadataExt;
     use std::time::{Duration, SystemTime};
     use types::ExitStatus;
 
@@ -318,6 +353,25 @@ mod tests {
         std::fs::write(task.join("rootfs/precious"), "x").unwrap();
         assert!(remove_task(&task).is_err());
         assert!(task.join("rootfs/precious").exists());
+    }
+
+    /// A runtime that is killed goes on for one step, perhaps after its root is gone.
+    #[test]
+    fn mount_points_without_their_root_go_with_the_bundle() {
+        let root = tempfile::tempdir().unwrap();
+        let task = root.path().join("c");
+        make_task(&task, None, "{}").unwrap();
+        for dir in ["proc", "dev/pts", "etc"] {
+            std::fs::create_dir_all(task.join("rootfs").join(dir)).unwrap();
+        }
+        std::fs::write(task.join("rootfs/etc/hosts"), "").unwrap();
+        rustix::mount::mount_bind(root.path(), task.join("rootfs/etc")).unwrap();
+        let e = remove_task(&task).unwrap_err();
+        rustix::mount::unmount(task.join("rootfs/etc"), UnmountFlags::DETACH).unwrap();
+        assert!(e.to_string().contains("is mounted there"), "{e}");
+        assert!(task.join("rootfs/etc/hosts").exists());
+        remove_task(&task).unwrap();
+        assert!(!task.exists());
     }
 
     #[test]

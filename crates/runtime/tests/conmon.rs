@@ -8,7 +8,6 @@ mod common;
 use common::monitored::{Monitored, conmon, names};
 use common::{alive, eventually, kill_9};
 use longshore_runtime::{PodProcess, Runtime, TaskState};
-use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 use types::{ErrorKind, ExitStatus, Signal};
 
@@ -110,15 +109,16 @@ fn a_monitor_that_can_not_be_started_or_fails_is_named() {
 fn runtime(node: &Monitored, script: &str) -> std::path::PathBuf {
     let path = node.root.join("runtime");
     let head = "#!/bin/bash\nfor a in \"$@\"; do case $a in create|exec|state|delete|start|kill) verb=$a; break;; esac; done\n";
-    std::fs::write(&path, format!("{head}{script}\nexec /usr/sbin/runc \"$@\"\n")).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::script(&path, format!("{head}{script}\nexec /usr/sbin/runc \"$@\"\n"));
     path
 }
 
 #[test]
 fn a_create_that_hangs_is_ended_with_its_monitor_and_runtime_call() {
     let mut node = Monitored::stopped();
-    node.handler.runtime_binary = runtime(&node, "[[ $verb == create ]] && sleep 1000");
+    let sign = node.root.join("creating");
+    let script = format!("[[ $verb == create ]] && touch {} && sleep 1000", sign.display());
+    node.handler.runtime_binary = runtime(&node, &script);
     node.handler.timeouts.create = Duration::from_secs(1);
     node.start();
     let begun = Instant::now();
@@ -127,6 +127,7 @@ fn a_create_that_hangs_is_ended_with_its_monitor_and_runtime_call() {
     assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
     eventually("monitor and runtime call are gone", || node.processes().is_empty());
     // One that is called off ends at once.
+    std::fs::remove_file(&sign).unwrap();
     node.die();
     node.handler.timeouts.create = Duration::from_secs(60);
     node.start();
@@ -135,7 +136,9 @@ fn a_create_that_hangs_is_ended_with_its_monitor_and_runtime_call() {
     let e = node.run(async {
         let create = m.create_task(&pod, &spec);
         let kill = async {
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            while !sign.exists() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
             m.kill_task("p", "d", Signal::KILL, true, "a cancelled start").await.unwrap();
         };
         tokio::join!(create, kill).0.unwrap_err()

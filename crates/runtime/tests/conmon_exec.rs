@@ -7,7 +7,6 @@ mod common;
 use common::monitored::{Monitored, names};
 use common::{alive, eventually};
 use longshore_runtime::{ExecSyncSpec, Operation, Runtime};
-use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 use types::{ErrorKind, ExitStatus};
 
@@ -172,8 +171,7 @@ fn a_command_that_is_not_there_is_the_callers_fault() {
 fn a_command_that_never_started_is_no_success() {
     let mut node = Monitored::stopped();
     let path = node.root.join("runtime");
-    std::fs::write(&path, "#!/bin/bash\n[[ \" $* \" == *' exec '* ]] && exit 0\nexec /usr/sbin/runc \"$@\"\n").unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::script(&path, "#!/bin/bash\n[[ \" $* \" == *' exec '* ]] && exit 0\nexec /usr/sbin/runc \"$@\"\n");
     node.handler.runtime_binary = path;
     for by_log in [false, true] {
         node.handler.exec_by_log = by_log;

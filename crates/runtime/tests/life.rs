@@ -342,8 +342,7 @@ fn a_protobuf_answer_is_understood_and_kept() {
     let script = node.root.join("shim");
     let shim = cfg.handlers[0].shim.display().to_string();
     let params = node.root.join("params").display().to_string();
-    std::fs::write(&script, format!("#!/bin/sh\nexec {shim} \"$@\" <{params}\n")).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    testkit::script(&script, format!("#!/bin/sh\nexec {shim} \"$@\" <{params}\n"));
     cfg.handlers[0].shim = script;
     node.restart_with(cfg);
     let m = node.m().clone();
@@ -385,8 +384,7 @@ fn a_shim_that_fails_is_quoted_and_leaves_nothing() {
         ("echo '{\"version\":9,\"address\":\"unix:///x\"}'", "version 9", ErrorKind::Unimplemented),
         ("echo unix:///no/such/socket", "/no/such/socket", ErrorKind::Unavailable),
     ] {
-        std::fs::write(&script, format!("#!/bin/sh\n{body}\n")).unwrap();
-        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        testkit::script(&script, format!("#!/bin/sh\n{body}\n"));
         // Only one that says nothing may run into its bound.
         let launch = if body.contains("sleep") { Duration::from_millis(500) } else { Duration::from_secs(60) };
         node.timeouts.launch = launch;

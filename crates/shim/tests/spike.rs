@@ -82,7 +82,7 @@ async fn one(n: usize, runtime: Arc<Command>, bundle: Arc<Bundle>) {
     let reading = tokio::spawn(async move {
         let mut sink = Capped::new(1 << 20);
         // A sleep that outlives its shell (kind 4) holds the pipe for 100 s.
-        let bound = Duration::from_millis(if n % 5 == 4 { 1000 } else { 60_000 });
+        let bound = Duration::from_millis(if n % 5 == 4 { 4000 } else { 60_000 });
         let ended = tokio::time::timeout(bound, stdio::collect(read, &mut sink)).await;
         assert_eq!(ended.is_ok(), n % 5 != 4, "exec {n}: the end of its stream");
         sink.into_kept()
@@ -143,7 +143,12 @@ async fn run(private_pids: bool) {
         }
     }
     runtime.delete(&bundle.id, true).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    for _ in 0..600 {
+        if zombies().is_empty() && children.held_back() == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     assert_eq!(zombies(), Vec::<String>::new(), "everything is reaped");
     assert_eq!(children.held_back(), 0);
     let idle = cpu_time();

@@ -21,3 +21,17 @@ pub fn kernel_is_at_least(major: u32, minor: u32) -> bool {
     let mut numbers = release.split(['.', '-']).map(|n| n.trim().parse::<u32>().unwrap_or(0));
     (numbers.next(), numbers.next()) >= (Some(major), Some(minor))
 }
+
+/// Makes a program of `text`, a script with its `#!`.
+///
+/// A process of its own writes it: what another test forks at that moment would keep our
+/// descriptor until its exec, and a file that somebody has open for writing can't be
+/// executed (ETXTBSY).
+///
+/// # Panics
+/// Where it can't be written.
+pub fn script(path: &std::path::Path, text: impl AsRef<std::ffi::OsStr>) {
+    let write = r#"printf %s "$1" >"$0" && chmod 755 "$0""#;
+    let status = std::process::Command::new("/bin/sh").args(["-c", write]).arg(path).arg(text).status().unwrap();
+    assert!(status.success(), "{} can't be written", path.display());
+}

@@ -261,8 +261,8 @@ pub fn reap(pid: i32) -> types::ExitStatus {
 
 /// An attach client.
 pub fn attach(socket: &Path) -> OwnedFd {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
-    let fd = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+    let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     rustix::net::connect(&fd, &SocketAddrUnix::new(socket).unwrap()).unwrap();
     fd
 }

@@ -178,7 +178,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_path_that_hangs_holds_one_thread_and_no_other_path() {
-        let looks = looks(50, 50, 4);
+        let looks = looks(2000, 50, 4);
         let (dead, hang) = hanging("/dead/a");
         let e = looks.run(hang).await.unwrap_err();
         assert!(e.kind() == ErrorKind::DeadlineExceeded && e.to_string().contains("/dead/a"), "{e}");
@@ -217,7 +217,7 @@ mod tests {
 
     #[tokio::test]
     async fn so_many_threads_hang_and_no_more() {
-        let looks = looks(50, 60_000, 1);
+        let looks = looks(2000, 60_000, 1);
         let (_dead, hang) = hanging("/dead");
         assert!(looks.run(hang).await.is_err());
         let e = looks.run(quick("/other")).await.unwrap_err();

@@ -24,11 +24,11 @@ fn tell(bundle: &Path, line: &str) -> Result<()> {
     let path = bundle.join("ctl");
     let what = || format!("write {:?} to {}", line.trim(), path.display());
     // Not waiting: without a reader there is no monitor.
-    let fd = rustix::fs::open(&path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| match e {
-            rustix::io::Errno::NXIO => Error::precondition(format!("{}: its monitor is gone", what())).because(e),
-            e => Err::<(), _>(e).context(what).unwrap_err(),
-        })?;
+    let opened = rustix::fs::open(&path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty());
+    if matches!(opened, Err(rustix::io::Errno::NXIO)) {
+        return Err(Error::precondition(format!("{}: its monitor is gone", what())));
+    }
+    let fd = opened.context(what)?;
     // Shorter than PIPE_BUF: written as a whole or not at all.
     rustix::io::write(&fd, line.as_bytes()).context(what).map(drop)
 }

@@ -142,9 +142,16 @@ impl Inner {
     /// The last means: the OCI runtime itself, where the shim's `delete` failed. It takes
     /// no offence at a container that it does not know.
     async fn runtime_delete(&self, handler: &Handler, id: &str) -> Result<(), Error> {
+        let root = handler.runtime_root.join(&self.cfg.namespace);
+        let (place, name) = (root.clone(), id.to_string());
+        blocking(move || {
+            oci::unmount_own_binary(&place, &name);
+            Ok(())
+        })
+        .await?;
         let run = tokio::process::Command::new(&handler.runtime_binary)
             .arg("--root")
-            .arg(handler.runtime_root.join(&self.cfg.namespace))
+            .arg(root)
             .args(["delete", "--force", id])
             .stdin(std::process::Stdio::null())
             .kill_on_drop(true)
