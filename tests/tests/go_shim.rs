@@ -4,7 +4,7 @@
 
 use longshore_tests::{Cri, Daemon, IMAGE, busybox, command_line, container, signal, wait_for};
 use proto::cri::*;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 use testkit::TempRoot;

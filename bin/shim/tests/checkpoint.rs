@@ -7,7 +7,6 @@ use harness::common::{Bundle, Shape, sh};
 use harness::{CALL, Fifo, Shim, code};
 use proto::containerd::runc::v1::{CheckpointOptions, Options};
 use proto::containerd::task::v3 as task;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
