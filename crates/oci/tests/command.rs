@@ -93,14 +93,38 @@ async fn a_call_that_is_given_up_ends_at_once_with_its_children() {
     assert_eq!(e.unwrap_err().kind(), ErrorKind::Cancelled);
     let pid = std::fs::read_to_string(&child).unwrap();
     assert_eq!(victims.recv().unwrap(), [pid.trim().parse::<i32>().unwrap()]);
-    let stat = || std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
-    for _ in 0..500 {
-        if stat().is_empty() || stat().contains(") Z ") {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    // What it was about to make could come after whoever takes it away.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+    assert!(stat.is_empty() || stat.contains(") Z "), "the call's child lives on: {stat}");
+}
+
+/// One that bears children without end, none of them in its group.
+#[tokio::test]
+async fn no_child_escapes_that_a_call_bears_while_it_is_killed() {
+    let _turn = TURN.lock().await;
+    for round in 0..10 {
+        let dir = tempfile::tempdir().unwrap();
+        let (begun, name) = (dir.path().join("begun"), format!("4714{round}"));
+        let script = format!(
+            "n=0; while [ $n -lt 300 ]; do setsid sleep {name} & n=$((n+1)); : >{}; done; wait",
+            begun.display()
+        );
+        let r = runtime(dir.path(), &script);
+        let (abort, given_up) = tokio::sync::watch::channel(false);
+        let r = r.until(given_up, |_| {});
+        let seen = async {
+            while !begun.exists() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            abort.send(true).unwrap();
+        };
+        let (e, ()) = tokio::join!(r.create("web", dir.path(), launch(dir.path())), seen);
+        assert_eq!(e.unwrap_err().kind(), ErrorKind::Cancelled);
+        // A zombie has no command line.
+        let lines = std::fs::read_dir("/proc").unwrap().flatten().map(|p| std::fs::read(p.path().join("cmdline")));
+        let left = lines.flatten().filter(|l| l.ends_with(format!("sleep\0{name}\0").as_bytes())).count();
+        assert_eq!(left, 0, "of round {round}");
     }
-    panic!("the call's child {pid} lives on");
 }
 
 #[tokio::test]
