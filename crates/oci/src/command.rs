@@ -17,7 +17,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use sys::pidfd::PidFd;
 use tokio::sync::watch;
 use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
@@ -49,7 +49,9 @@ const INHERITED: [&str; 5] = ["PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS
 /// The longest that a call may take that waits for no disk.
 pub const SHORT: Duration = Duration::from_secs(20);
 
-/// How long what a killed call has borne may take to die.
+/// How long a call that is to be killed, and what it has borne, may take to stop.
+const STOPS: Duration = Duration::from_secs(1);
+/// How long they may take to die.
 const DEATHS: Duration = Duration::from_secs(5);
 
 impl Config {
@@ -186,20 +188,9 @@ impl Command {
         let status = match early {
             Ok(status) => status,
             Err(e) => {
-                let killed = self.kill_all(&child);
-                child.wait().await;
-                // What they were about to make would come after whoever takes it away.
-                let gone = move || {
-                    let until = std::time::Instant::now() + DEATHS;
-                    killed.iter().all(|p| p.ended_within(until.saturating_duration_since(std::time::Instant::now())))
-                };
-                let gone = tokio::task::spawn_blocking(gone).await;
+                let gone = self.kill_all(&child).await;
                 let _ = std::fs::remove_file(&log);
-                return Err(if matches!(gone, Ok(true)) {
-                    e
-                } else {
-                    e.hint("what it had begun was killed and hangs")
-                });
+                return Err(if gone { e } else { e.hint("what it had begun was killed and hangs") });
             }
         };
         // Only failures are of interest; a file that isn't there says nothing.
@@ -208,15 +199,26 @@ impl Command {
         Ok(Output { status, stdout, log: text })
     }
 
-    /// Kills a call that has not been reaped yet, with all that it has borne.
-    fn kill_all(&self, call: &Child) -> Vec<PidFd> {
-        let killed = kill_call(call.pid(), |borne| {
-            if let Some(Victims(tell)) = &self.victims {
-                tell(borne);
-            }
+    /// Kills a call that has not been reaped yet, with all that it has borne, and awaits
+    /// their deaths. False where one of them does not die.
+    async fn kill_all(&self, call: &Child) -> bool {
+        let (pid, victims) = (call.pid(), self.victims.clone());
+        let killed = tokio::task::spawn_blocking(move || {
+            kill_call(pid, |borne| {
+                if let Some(Victims(tell)) = &victims {
+                    tell(borne);
+                }
+            })
         });
+        let killed = killed.await.unwrap_or_default();
         let _ = call.signal(Signal::KILL);
-        killed
+        call.wait().await;
+        // What they were about to make would come after whoever takes it away.
+        let gone = move || {
+            let until = Instant::now() + DEATHS;
+            killed.iter().all(|p| p.ended_within(until.saturating_duration_since(Instant::now())))
+        };
+        tokio::task::spawn_blocking(gone).await.unwrap_or(false)
     }
 
     /// The same, but anything other than 0 is a failure: it names the call and has
@@ -386,19 +388,31 @@ pub fn unmount_own_binary(root: &Path, id: &str) {
     }
 }
 
+/// Whether none of its threads runs: they have stopped or ended.
+fn is_stopped(pid: i32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    threads.into_iter().all(|t| {
+        let stat = std::fs::read_to_string(t.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 't', 'Z', 'X']))
+    })
+}
+
 /// Kills a runtime call with all that it has borne: hooks are in its group, the
 /// container's init is not. `tell` hears of these while they still live. `call` must
 /// be sure to be the call's number. Returns them all: until they have ended, what they
 /// were about to make may still come.
 pub fn kill_call(call: i32, tell: impl FnOnce(&[i32])) -> Vec<PidFd> {
     let mut held: Vec<PidFd> = PidFd::open(call).into_iter().collect();
-    // Stopped they bear no more: the kernel breaks off a fork of whoever has a signal
-    // to take. One that had forked just before shows at the next look.
+    let until = Instant::now() + STOPS;
     loop {
+        // Once they are stopped they bear no more, and the next look shows all.
+        held.iter().for_each(|p| drop(p.signal(Signal::STOP)));
+        while !held.iter().all(|p| is_stopped(p.pid())) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let borne = descendants(call);
         let new = borne.iter().filter(|pid| held.iter().all(|h| h.pid() != **pid));
         let new: Vec<PidFd> = new.filter_map(|pid| PidFd::open(*pid).ok()).collect();
-        held.iter().chain(&new).for_each(|p| drop(p.signal(Signal::STOP)));
         if new.is_empty() {
             tell(&borne);
             break;

@@ -151,6 +151,7 @@ mod tests {
                       cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
         assert_eq!(hierarchies(mounts), [Path::new("/sys/fs/cgroup/cpu"), Path::new("/sys/fs/cgroup/unified")]);
     }
+
     /// As a runtime that was killed in its `create` leaves it: a process in some of the
     /// hierarchies, and a cgroup below.
     #[test]
