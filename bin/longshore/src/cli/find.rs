@@ -65,23 +65,33 @@ impl Named for Container {
     }
 }
 
-/// All of `items` that `given` may mean, by the strongest rule that finds any: the
-/// whole id, the name (of several attempts the last), the beginning of the id.
-fn matches<'a, T: Named>(given: &str, items: &'a [T]) -> Vec<&'a T> {
+/// How something may be meant, the strongest rule first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Rule {
+    /// By its whole id.
+    Id,
+    /// By its name; of several attempts the last is meant.
+    Name,
+    /// By the beginning of its id.
+    Prefix,
+}
+
+/// All of `items` that `given` may mean, by the strongest rule that finds any.
+fn matches<'a, T: Named>(given: &str, items: &'a [T]) -> (Rule, Vec<&'a T>) {
     if given.is_empty() {
-        return Vec::new();
+        return (Rule::Prefix, Vec::new());
     }
     let by = |rule: &dyn Fn(&T) -> bool| -> Vec<&'a T> { items.iter().filter(|i| rule(i)).collect() };
     let exact = by(&|i| i.id() == given);
     if !exact.is_empty() {
-        return exact;
+        return (Rule::Id, exact);
     }
     let named = by(&|i| i.called(given));
     if !named.is_empty() {
         let latest = |i: &&T| !named.iter().any(|n| n.succeeds(i));
-        return named.iter().copied().filter(latest).collect();
+        return (Rule::Name, named.iter().copied().filter(latest).collect());
     }
-    by(&|i| i.id().starts_with(given))
+    (Rule::Prefix, by(&|i| i.id().starts_with(given)))
 }
 
 fn unknown(kind: &str, given: &str, list: &str) -> Error {
@@ -103,20 +113,26 @@ fn described<T: Named>(item: &T) -> String {
 /// # Errors
 /// `NotFound`, or `InvalidArgument` with the candidates where it is ambiguous.
 pub fn one<'a, T: Named>(given: &str, items: &'a [T]) -> Result<&'a T> {
-    match matches(given, items).as_slice() {
+    match matches(given, items).1.as_slice() {
         [] => Err(unknown(T::KIND, given, T::LIST)),
         [one] => Ok(one),
         many => Err(ambiguous(given, &many.iter().map(|i| described(*i)).collect::<Vec<_>>())),
     }
 }
 
-/// The pod or container that `given` means. A pod wins over its own container of
-/// the same name, which is what `run --name` makes.
+/// The pod or container that `given` means, by the strongest rule that finds either. A
+/// pod wins over its own container of the same name, which is what `run --name` makes.
 ///
 /// # Errors
 /// As [`one`].
 pub fn target(given: &str, pods: &[PodSandbox], containers: &[Container]) -> Result<Target> {
-    let (p, c) = (matches(given, pods), matches(given, containers));
+    let ((pods_by, mut p), (containers_by, mut c)) = (matches(given, pods), matches(given, containers));
+    // A container's name is stronger than a pod's id that happens to begin like it.
+    if !p.is_empty() && !c.is_empty() {
+        let strongest = pods_by.min(containers_by);
+        p.retain(|_| pods_by == strongest);
+        c.retain(|_| containers_by == strongest);
+    }
     match (p.as_slice(), c.as_slice()) {
         ([], []) => Err(unknown("pod or container", given, "longshore ps -a")),
         ([pod], inside) if inside.iter().all(|c| c.pod_sandbox_id == pod.id) => Ok(Target::Pod((*pod).clone())),
@@ -214,5 +230,16 @@ mod tests {
         let foreign = [container("c1", "p2", "web", 1)];
         assert!(target("web", &pods, &foreign).unwrap_err().to_string().contains("any of 2"));
         assert!(target("nope", &pods, &own).unwrap_err().is_not_found());
+    }
+
+    #[test]
+    fn a_name_is_stronger_than_the_beginning_of_an_id_of_the_other_kind() {
+        let (pods, containers) = ([pod("a1", "web"), pod("c2", "db")], [container("b1", "a1", "a", 1)]);
+        assert_eq!(target("a", &pods, &containers).unwrap(), Target::Container(containers[0].clone()));
+        assert_eq!(target("a1", &pods, &containers).unwrap(), Target::Pod(pods[0].clone()));
+        let containers = [container("web1", "c2", "x", 1), container("c21", "a1", "y", 1)];
+        assert_eq!(target("web", &pods, &containers).unwrap(), Target::Pod(pods[0].clone()));
+        assert_eq!(target("c2", &pods, &containers).unwrap(), Target::Pod(pods[1].clone()));
+        assert!(target("c", &pods, &containers).unwrap_err().to_string().contains("any of 2"));
     }
 }
