@@ -156,7 +156,7 @@ async fn who_holds_the_pipe_is_named_after_the_drain_timeout() {
     for part in ["still held by", "sleep 1000", &holder[0].to_string()] {
         assert!(e.message().contains(part), "{part:?} is missing in: {}", e.message());
     }
-    assert!((Duration::from_secs(DRAIN)..Duration::from_secs(DRAIN + 10)).contains(&took), "took {took:?}");
+    assert!((Duration::from_secs(DRAIN)..Duration::from_secs(DRAIN + 4)).contains(&took), "took {took:?}");
     // It is a child of the container's own init, not of the shim.
     w.nothing_stays();
     // A pipe that is held for a moment only is waited for.
@@ -168,7 +168,7 @@ async fn who_holds_the_pipe_is_named_after_the_drain_timeout() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_timeout_kills_the_command_and_waits_no_longer_than_the_drain() {
     let w = world(sleeper("main")).await;
-    for (cmd, at_most) in [(&["sleep", "60"][..], 12), (&["sh", "-c", "sleep 1000 & sleep 60"], 1 + DRAIN + 10)] {
+    for (cmd, at_most) in [(&["sleep", "60"][..], 5), (&["sh", "-c", "sleep 1000 & sleep 60"], 1 + DRAIN + 4)] {
         let begun = Instant::now();
         let e = w.exec(cmd, 1).await.unwrap_err();
         let took = begun.elapsed();
@@ -227,7 +227,7 @@ async fn two_hundred_at_once_succeed_and_hold_nobody_up() {
     let (longest, calls) = asker.await.unwrap();
     println!("200 execs in {burst:?}; {calls} ContainerStatus meanwhile, the longest {longest:?}");
     // Far from having queued behind the execs, however slow the machine is.
-    assert!(longest < burst / 4, "ContainerStatus took {longest:?}, the execs {burst:?}");
+    assert!(longest < burst / 6, "ContainerStatus took {longest:?}, the execs {burst:?}");
     w.nothing_stays();
 }
 
