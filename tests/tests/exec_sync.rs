@@ -227,7 +227,7 @@ async fn two_hundred_at_once_succeed_and_hold_nobody_up() {
     let (longest, calls) = asker.await.unwrap();
     println!("200 execs in {burst:?}; {calls} ContainerStatus meanwhile, the longest {longest:?}");
     // Far from having queued behind the execs, however slow the machine is.
-    assert!(longest < burst / 6, "ContainerStatus took {longest:?}, the execs {burst:?}");
+    assert!(longest < Duration::from_secs(1).max(burst / 6), "ContainerStatus took {longest:?}, the execs {burst:?}");
     w.nothing_stays();
 }
 
