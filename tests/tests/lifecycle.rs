@@ -606,6 +606,27 @@ async fn ends_are_idempotent_and_ids_may_be_short() {
     daemon.leaves_nothing_but(&before);
 }
 
+/// A runc that is killed in exec leaves a mount of its binary beside its state, over
+/// which its delete would fail half done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_of_the_runtime_s_own_outlives_no_container() {
+    let (daemon, cri) = start("").await;
+    let before = daemon.footprint();
+    let config = daemon.pod("killed-exec");
+    let pod = cri.run_pod(&config).await.unwrap();
+    let id = cri.run(&pod, &container("main", IMAGE, &["sleep", "1000"]), &config).await.unwrap();
+    let state = daemon.state().join("oci/k8s.io").join(&id);
+    assert!(state.join("state.json").exists(), "this is where runc keeps its state");
+    let own = state.join("runc.aB3xYz");
+    std::fs::write(&own, "").unwrap();
+    rustix::mount::mount_bind(state.join("state.json"), &own).unwrap();
+    cri.stop(&id, 0).await.unwrap();
+    cri.remove(&id).await.unwrap();
+    cri.stop_pod(&pod).await.unwrap();
+    cri.remove_pod(&pod).await.unwrap();
+    daemon.leaves_nothing_but(&before);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_retry_joins_the_attempt_that_runs() {
     // A runtime whose `create` takes long enough to be met.

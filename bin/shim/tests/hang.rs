@@ -192,6 +192,54 @@ async fn a_runtime_that_hangs_in_exec_is_ended_by_kill() {
     nothing_left(&shim, &b).await;
 }
 
+/// As runc in exec, for a moment, has its own binary mounted beside its state.
+#[tokio::test]
+async fn an_exec_that_is_killed_leaves_no_mount_of_the_runtime_s() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    let state = b.runtime_root().join("test").join(&b.id);
+    let (of, there) = (b.path().join("binary"), b.path().join("there"));
+    std::fs::write(&of, "").unwrap();
+    let script = format!(
+        "own={}/runc.$$; : >$own; mount --bind {} $own; echo >>{}; sleep 1000 & wait",
+        state.display(),
+        of.display(),
+        there.display()
+    );
+    let binary = runtime_but_for(b.path(), "exec", &script);
+    create(&shim, &b, &binary, Vec::new()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let left = || {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let files = std::fs::read_dir(&state).unwrap().flatten();
+        let files = files.filter(|f| f.file_name().as_encoded_bytes().starts_with(b"runc.")).count();
+        (mounts.matches(state.to_str().unwrap()).count(), files)
+    };
+    let command = sh("exit 0");
+    let killer = async {
+        while std::fs::read(&there).map_or(0, |b| b.len()) < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        shim.kill(&b, "a", 9).await.unwrap();
+        let while_another_starts = left();
+        shim.kill(&b, "b", 9).await.unwrap();
+        (while_another_starts, left())
+    };
+    let (first, second, seen) =
+        tokio::join!(shim.exec(&b, "a", &command, Io::default()), shim.exec(&b, "b", &command, Io::default()), killer);
+    for started in [first, second] {
+        assert_eq!(code(&started.unwrap_err()), ttrpc::Code::CANCELLED);
+    }
+    assert_eq!(seen, ((2, 2), (0, 0)), "while another exec starts, either could be its own");
+    for exec in ["a", "b"] {
+        shim.delete(&b, exec).await.unwrap();
+    }
+    shim.kill(&b, "", 9).await.unwrap();
+    assert_eq!(shim.wait(&b, "").await.unwrap(), 137);
+    shim.delete(&b, "").await.unwrap();
+    nothing_left(&shim, &b).await;
+}
+
 #[tokio::test]
 async fn a_log_that_hangs_holds_up_no_other_container() {
     let shim = Shim::start().await;

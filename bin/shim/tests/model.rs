@@ -71,18 +71,23 @@ async fn life(shim: &Shim, choice: &mut Choice) {
                 execs.insert(id, known);
             }
             4 | 5 => {
-                // Several at once, and perhaps a kill of init between them.
+                // Several at once, and perhaps a kill of init, or of one on its way up.
                 let waiting: Vec<String> =
                     execs.iter().filter(|(_, k)| k.added && k.started.is_none()).map(|(id, _)| id.clone()).collect();
                 let starts = waiting.iter().map(|id| {
                     let request = task::StartRequest { id: b.id.clone(), exec_id: id.clone() };
                     shim.task.start(CALL, request)
                 });
-                let kill = choice.below(6) == 0;
+                let victim = match choice.below(6) {
+                    0 => Some(String::new()),
+                    1..4 => waiting.get(index(choice, waiting.len().max(1))).cloned(),
+                    _ => None,
+                };
+                let after = Duration::from_millis(choice.below(40));
                 let killer = async {
-                    if kill {
-                        tokio::time::sleep(Duration::from_millis(20)).await;
-                        let _ = shim.kill(&b, "", 9).await;
+                    if let Some(victim) = victim {
+                        tokio::time::sleep(after).await;
+                        let _ = shim.kill(&b, &victim, 9).await;
                     }
                 };
                 let (answers, ()) = tokio::join!(all_of(starts.collect()), killer);
@@ -116,6 +121,14 @@ async fn life(shim: &Shim, choice: &mut Choice) {
         known.exit = Some(shim.wait(&b, id).await.unwrap());
     }
     assert_eq!(shim.delete(&b, "").await.unwrap(), exit, "code never changes");
+    // runc's delete fails half done over what a killed call of it has left mounted.
+    let state = b.runtime_root().join("test").join(&b.id);
+    assert!(
+        !state.exists(),
+        "{} is left: {:?}",
+        state.display(),
+        std::fs::read_dir(&state).unwrap().collect::<Vec<_>>()
+    );
     check(&b.id, &shim.events_until(&b, "/tasks/delete").await, &execs, exit);
 }
 

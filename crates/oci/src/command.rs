@@ -13,6 +13,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -296,13 +297,16 @@ impl Runtime for Command {
     }
 
     async fn delete(&self, id: &str, force: bool) -> Result<()> {
-        if force {
-            if let Some(root) = &self.config.root {
-                unmount_own_binary(root, id);
+        let root = self.config.root.as_deref();
+        root.inspect(|root| remove_own_binary(root, id));
+        let forced = ["--force", id];
+        match self.simple("delete", if force { &forced } else { &forced[1..] }).await {
+            // A delete that has failed half done: by force runc takes the directory, too.
+            Err(e) if e.is_not_found() && !force && root.is_some_and(|root| root.join(id).exists()) => {
+                self.simple("delete", &forced).await
             }
-            return self.simple("delete", &["--force", id]).await;
+            done => done,
         }
-        self.simple("delete", &[id]).await
     }
 
     async fn state(&self, id: &str) -> Result<State> {
@@ -376,15 +380,18 @@ async fn aborted(abort: Option<watch::Receiver<bool>>) {
     std::future::pending().await
 }
 
-/// A runc that protects its binary (CVE-2019-5736) by a mount in the container's
-/// directory below `root`, and is killed before it has taken that off again, leaves it;
-/// its delete then can't remove the directory.
-pub fn unmount_own_binary(root: &Path, id: &str) {
+/// A runc protects its binary (CVE-2019-5736) by a mount of it in the container's
+/// directory below `root`, in create as in exec. One that is killed before it has taken
+/// that off again leaves it, and runc's delete then fails half done: it has removed its
+/// state, not the directory, and knows the container no more when it is asked again.
+/// No call may be under way that is to succeed: what is taken off may be that one's.
+pub fn remove_own_binary(root: &Path, id: &str) {
     use rustix::mount::{UnmountFlags, unmount};
     let entries = std::fs::read_dir(root.join(id)).into_iter().flatten().flatten();
     for entry in entries.filter(|e| e.file_name().as_encoded_bytes().starts_with(b"runc.")) {
-        // Mostly it is none.
+        // It is none where the call was killed just before or after.
         let _ = unmount(entry.path(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        let _ = std::fs::remove_file(entry.path());
     }
 }
 
@@ -428,21 +435,38 @@ pub fn kill_call(call: i32, tell: impl FnOnce(&[i32])) -> Vec<PidFd> {
     held
 }
 
-/// The calls that make a container from this bundle and have not ended, whoever
-/// began them.
-pub fn unfinished_calls(bundle: &Path) -> Vec<PidFd> {
-    let makes = |pid: &i32| {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
-        let verb = words.iter().any(|w| matches!(*w, b"create" | b"restore"));
-        verb && words.windows(2).any(|w| w[0] == b"--bundle" && w[1] == bundle.as_os_str().as_encoded_bytes())
-    };
+/// What a call that has not ended is about to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unfinished {
+    /// A container, new or from a checkpoint.
+    Container,
+    /// A process more in a container that there is.
+    Exec,
+}
+
+/// The calls for the container of this bundle that make something and have not ended,
+/// whoever began them.
+pub fn unfinished_calls(bundle: &Path) -> Vec<(Unfinished, PidFd)> {
     let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     all.filter_map(|e| e.file_name().to_str()?.parse().ok())
-        .filter(makes)
-        // Looked at again once it is held: the number may have moved on.
-        .filter_map(|pid| PidFd::open(pid).ok().filter(|_| makes(&pid)))
+        .filter_map(|pid| {
+            unfinished(pid, bundle)?;
+            let held = PidFd::open(pid).ok()?;
+            // Looked at again once it is held: the number may have moved on.
+            Some((unfinished(pid, bundle)?, held))
+        })
         .collect()
+}
+
+fn unfinished(pid: i32, bundle: &Path) -> Option<Unfinished> {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+    let after = |name: &[u8]| words.windows(2).find(|w| w[0] == name).map(|w| Path::new(OsStr::from_bytes(w[1])));
+    let verb = words.iter().find(|w| matches!(**w, b"create" | b"restore" | b"exec"))?;
+    if *verb == b"exec" {
+        return (after(b"--process")?.parent() == Some(bundle)).then_some(Unfinished::Exec);
+    }
+    (after(b"--bundle")? == bundle).then_some(Unfinished::Container)
 }
 
 /// A failure of the runtime, with criu's last error where its log has one.

@@ -1,7 +1,7 @@
 //! A runtime's binary behind the seam, played by shell scripts.
 #![allow(clippy::unwrap_used)]
 
-use longshore_oci::{Children, Command, Config, Launch, Runtime, Stdio};
+use longshore_oci::{Children, Command, Config, Launch, Runtime, Stdio, Unfinished};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,11 +12,12 @@ use types::ErrorKind;
 static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// A runtime that does as `script` says; `$LOG` is its log file, `$PID` its pid
-/// file where it was given one.
+/// file where it was given one, `$LAST` the word before its last.
 fn runtime(dir: &Path, script: &str) -> Command {
     let path = dir.join("fake");
     let text = format!(
-        "#!/bin/sh\nwhile [ $# -gt 0 ]; do case $1 in --log) LOG=$2;; --pid-file) PID=$2;; esac; shift; done\n{script}\n"
+        "#!/bin/sh\nwhile [ $# -gt 0 ]; do case $1 in --log) LOG=$2;; --pid-file) PID=$2;; esac; \
+         [ $# -gt 2 ] || LAST=${{LAST:-$1}}; shift; done\n{script}\n"
     );
     std::fs::write(&path, text).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -47,15 +48,67 @@ async fn what_a_killed_runc_had_mounted_keeps_no_delete_from_its_directory() {
     let _turn = TURN.lock().await;
     let dir = tempfile::tempdir().unwrap();
     let own = dir.path().join("root/web");
-    std::fs::create_dir_all(&own).unwrap();
-    let binary = own.join("runc.aB3xYz");
-    std::fs::write(&binary, "").unwrap();
-    rustix::mount::mount_bind("/bin/true", &binary).unwrap();
     let script = format!("rm -r {}", own.display());
     let mut config = runtime(dir.path(), &script).config().clone();
     config.root = Some(dir.path().join("root"));
-    Command::new(config, Children::new()).delete("web", true).await.unwrap();
+    let runtime = Command::new(config, Children::new());
+    for force in [true, false] {
+        std::fs::create_dir_all(&own).unwrap();
+        let binary = own.join("runc.aB3xYz");
+        std::fs::write(&binary, "").unwrap();
+        rustix::mount::mount_bind(dir.path().join("fake"), &binary).unwrap();
+        runtime.delete("web", force).await.unwrap();
+        assert!(!own.exists());
+    }
+}
+
+#[tokio::test]
+async fn a_delete_that_has_failed_half_done_is_brought_to_its_end() {
+    let _turn = TURN.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("root/web");
+    let unknown = r#"echo '{"level":"error","msg":"container does not exist"}' > $LOG; exit 1"#;
+    let script = format!("case $LAST in --force) rm -rf {};; *) {unknown};; esac", own.display());
+    let mut config = runtime(dir.path(), &script).config().clone();
+    config.root = Some(dir.path().join("root"));
+    let runtime = Command::new(config, Children::new());
+    assert_eq!(runtime.delete("web", false).await.unwrap_err().kind(), ErrorKind::NotFound, "there is nothing");
+    std::fs::create_dir_all(&own).unwrap();
+    runtime.delete("web", false).await.unwrap();
     assert!(!own.exists());
+}
+
+#[tokio::test]
+async fn calls_that_have_not_ended_are_found_by_their_bundle() {
+    let _turn = TURN.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let bundle = dir.path().join("bundle");
+    std::fs::create_dir(&bundle).unwrap();
+    // It stays in the shell, whose command line is the call's.
+    let begun = dir.path().join("begun");
+    let never = dir.path().join("never");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &never, 0o600.into()).unwrap();
+    let script = format!("echo >>{}; read -r line <{}", begun.display(), never.display());
+    let r = runtime(dir.path(), &script);
+    assert!(longshore_oci::unfinished_calls(&bundle).is_empty());
+    let (abort, given_up) = tokio::sync::watch::channel(false);
+    let r = r.until(given_up, |_| {});
+    let document = bundle.join("exec-e.json");
+    let look = async {
+        while std::fs::read(&begun).map_or(0, |b| b.len()) < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let mut found: Vec<_> = longshore_oci::unfinished_calls(&bundle).into_iter().map(|(what, _)| what).collect();
+        found.sort_by_key(|what| *what == Unfinished::Exec);
+        abort.send(true).unwrap();
+        (found, longshore_oci::unfinished_calls(dir.path()).len())
+    };
+    let (create, exec, (found, others)) =
+        tokio::join!(r.create("web", &bundle, launch(dir.path())), r.exec("web", &document, launch(dir.path())), look);
+    assert_eq!(create.unwrap_err().kind(), ErrorKind::Cancelled);
+    assert_eq!(exec.unwrap_err().kind(), ErrorKind::Cancelled);
+    assert_eq!((found, others), (vec![Unfinished::Container, Unfinished::Exec], 0));
+    assert!(longshore_oci::unfinished_calls(&bundle).is_empty());
 }
 
 #[tokio::test]

@@ -45,7 +45,7 @@ async fn clean(id: &str, bundle: &Path, record: &TaskRecord, errors: &mut Vec<Er
     config.systemd_cgroup = record.systemd_cgroup;
     let runtime = Command::new(config, Children::new());
     // One that is under way would bring the container back.
-    let cgroups = undo::end_creations(bundle);
+    let cgroups = undo::end_calls(bundle);
     match runtime.delete(id, true).await {
         Err(e) if !e.is_not_found() => errors.push(e),
         _ => {}

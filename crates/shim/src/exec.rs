@@ -92,6 +92,7 @@ impl Owner {
             Err(e) => {
                 let actions = self.machine.exec_done(exec, None, now);
                 self.apply(actions);
+                self.remove_own_binary();
                 Err(e)
             }
         };
@@ -99,6 +100,16 @@ impl Owner {
             let _ = killer.send(Ok(()));
         }
         let _ = reply.send(answer);
+    }
+
+    /// After an exec that has failed: the runtime may have been killed on its way, by us
+    /// or with the container. While another exec is on its way the mount may be that
+    /// one's, and waits for the next time or for Delete.
+    fn remove_own_binary(&self) {
+        let busy = self.execs.keys().any(|exec| self.machine.is_starting(exec));
+        if let Some(root) = self.runtime.config().root.as_ref().filter(|_| !busy) {
+            oci::remove_own_binary(root, &self.id);
+        }
     }
 
     pub(crate) fn delete_exec(&mut self, exec: &str, reply: Reply<(i32, Certificate)>) {

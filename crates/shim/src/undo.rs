@@ -4,7 +4,7 @@
 
 use crate::log;
 use oci::cgroup::Cgroup;
-use oci::{Command, Runtime};
+use oci::{Command, Runtime, Unfinished};
 use std::path::Path;
 use std::time::Duration;
 use types::{Error, Signal};
@@ -43,20 +43,24 @@ pub(crate) async fn empty(bundle: &Path, cgroups: Vec<Cgroup>) -> Vec<Error> {
     errors
 }
 
-/// Ends the creations in this bundle that a shim has begun and not lived to see the
-/// end of; returns the cgroups that they have made.
-pub(crate) fn end_creations(bundle: &Path) -> Vec<Cgroup> {
+/// Ends the calls for this bundle's container that a shim has begun and not lived to see
+/// the end of: they would make something of it behind its removal. Returns the cgroups
+/// that creations have made.
+pub(crate) fn end_calls(bundle: &Path) -> Vec<Cgroup> {
     let mut cgroups = Vec::new();
     let mut killed = Vec::new();
-    for call in oci::unfinished_calls(bundle) {
+    for (unfinished, call) in oci::unfinished_calls(bundle) {
         // Stopped, it can't end, so its number stays its own; nor can it bear more.
         if call.signal(Signal::STOP).is_err() {
             continue;
         }
         let pid = call.pid();
         killed.extend(oci::kill_call(pid, |borne| {
-            // The call's own is that of all shims.
-            cgroups.extend(borne.iter().filter_map(|p| Cgroup::apart_from(pid, *p).ok()));
+            // The call's own is that of all shims; an exec's, the container's, the
+            // runtime knows.
+            if unfinished == Unfinished::Container {
+                cgroups.extend(borne.iter().filter_map(|p| Cgroup::apart_from(pid, *p).ok()));
+            }
         }));
     }
     for process in killed {

@@ -61,6 +61,7 @@ impl Inner {
         {
             // What a foreign shim had begun would go on behind its `delete`.
             created(id, handler.timeouts.cleanup).await;
+            self.remove_own_binary(handler, id).await;
         }
         let answer = match &handler {
             // It was no task and left none.
@@ -139,16 +140,22 @@ impl Inner {
         Ok(())
     }
 
+    /// What a killed call of the OCI runtime left would make its delete fail half done.
+    /// Our own shim sees to that itself.
+    pub(super) async fn remove_own_binary(&self, handler: &Handler, id: &str) {
+        let (root, id) = (handler.runtime_root.join(&self.cfg.namespace), id.to_string());
+        let removed = blocking(move || {
+            oci::remove_own_binary(&root, &id);
+            Ok(())
+        });
+        drop(removed.await);
+    }
+
     /// The last means: the OCI runtime itself, where the shim's `delete` failed. It takes
     /// no offence at a container that it does not know.
     async fn runtime_delete(&self, handler: &Handler, id: &str) -> Result<(), Error> {
         let root = handler.runtime_root.join(&self.cfg.namespace);
-        let (place, name) = (root.clone(), id.to_string());
-        blocking(move || {
-            oci::unmount_own_binary(&place, &name);
-            Ok(())
-        })
-        .await?;
+        self.remove_own_binary(handler, id).await;
         let run = tokio::process::Command::new(&handler.runtime_binary)
             .arg("--root")
             .arg(root)

@@ -327,6 +327,9 @@ impl Inner {
             let certificate = self.certificate(&pod.id, id, ended.exit_status, ended.exited_at).await;
             self.ended(pod, &task, certificate);
         }
+        if !shim.own() {
+            self.remove_own_binary(&shim.handler, id).await;
+        }
         let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
         match call(bound, shim.task().delete(bound, request)).await {
             Ok(_) => {}
@@ -379,6 +382,9 @@ impl Inner {
             if shim.is_sandbox(id) {
                 self.delete_sandbox(pod, &shim).await?;
                 return Ok(true);
+            }
+            if !shim.own() {
+                self.remove_own_binary(&shim.handler, id).await;
             }
             let bound = shim.timeouts().create;
             let request = wire::DeleteRequest { id: id.to_string(), exec_id: String::new() };
