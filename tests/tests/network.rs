@@ -558,7 +558,10 @@ async fn a_detachment_that_hangs_keeps_no_daemon_from_its_start() {
     w.daemon.kill();
     std::fs::write(&hang, "").unwrap();
     w.daemon.sql("UPDATE meta SET value = 'another' WHERE key = 'boot_id'");
+    let begun = std::time::Instant::now();
     w.daemon.begin().await;
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(30), "it went on after 10 s, plus 5 s for GC: {took:?}");
     w.cri = w.daemon.cri().await;
     let status = w.cri.pod_status(&pod).await.unwrap().status.unwrap();
     assert_eq!(status.state(), PodSandboxState::SandboxNotready);

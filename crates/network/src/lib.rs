@@ -416,6 +416,11 @@ impl Network {
         errors
     }
 
+    /// The pods that nobody knows any more and whose detachment is tried again and again.
+    pub fn strays(&self) -> BTreeSet<String> {
+        self.0.strays.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The pods that are attached, or were and can't be detached, whoever knows of them.
     ///
     /// # Errors
@@ -452,7 +457,10 @@ impl Network {
     async fn readiness(&self) -> Readiness {
         match self.by() {
             By::Cni => self.0.cni.status().await,
-            By::Builtin => Readiness::ready(),
+            By::Builtin => match self.0.builtin.status().await {
+                Ok(()) => Readiness::ready(),
+                Err(e) => Readiness::not_ready("BuiltinNetworkNotReady", e.to_string()),
+            },
             By::Nobody => Readiness::not_ready(
                 "NoPodNetwork",
                 "network.mode is \"none\": a pod has a network namespace with lo alone",

@@ -7,12 +7,17 @@
 //!   whatever                       somebody else's
 //! ```
 
-use ::types::{Result, ResultExt};
+use ::types::{Error, Result, ResultExt};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// So many digits of the pod's id are in the name: 64 random bits.
 const DIGITS: usize = 16;
+/// How long the lock of the directory is waited for: who takes it holds it for a few
+/// system calls.
+const LOCK_BOUND: Duration = Duration::from_secs(5);
+const LOCK_AGAIN: Duration = Duration::from_millis(10);
 /// How often a step is done that meets the removal of the directory.
 const TRIES: u32 = 20;
 
@@ -89,8 +94,20 @@ impl NetnsDir {
         let what = || format!("lock {}", self.dir.display());
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(&self.dir, flags, Mode::empty()).context(what)?;
-        rustix::fs::flock(&fd, FlockOperation::LockExclusive).context(what)?;
-        Ok(fd)
+        let until = Instant::now() + LOCK_BOUND;
+        loop {
+            match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+                // Anybody who can open the directory can hold its lock, for ever.
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(LOCK_AGAIN),
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    let held = format!("{}: another process has held it for {} s", what(), LOCK_BOUND.as_secs());
+                    return Err(
+                        Error::unavailable(held).hint(format!("find it: lslocks, or fuser {}", self.dir.display()))
+                    );
+                }
+                done => return done.context(what).map(|()| fd),
+            }
+        }
     }
 
     /// Where the pod's network namespace is pinned; a function of its id alone.
@@ -187,6 +204,18 @@ mod tests {
         assert!(!pinned.exists());
         let _ = sys::mount::detach(&root.path().join("netns")).unwrap();
         assert_eq!(sys::mount::mounts_below(root.path()).unwrap(), Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn who_holds_the_lock_holds_nobody_up_for_ever() {
+        let root = tempfile::tempdir().unwrap();
+        let netns = NetnsDir::at(root.path());
+        let held = netns.lock().unwrap();
+        let e = netns.pin("a", Path::new("/proc/self/ns/net")).unwrap_err();
+        assert_eq!(e.kind(), ::types::ErrorKind::Unavailable);
+        assert!(e.to_string().contains(root.path().to_str().unwrap()), "{e}");
+        drop(held);
+        netns.lock().unwrap();
     }
 
     /// Where `/run` is shared already, nothing is mounted for us; an `ip netns add`

@@ -198,6 +198,30 @@ fn pods_of_other_networks_can_have_ports_too() {
         assert!(connect("10.44.0.1:8080").is_err());
         exchange(&at_own, connect("127.0.0.1:8081").unwrap());
         net.detach("own").await.unwrap();
+        let localnet = || sh("cat /proc/sys/net/ipv4/conf/cni0/route_localnet");
+        assert_eq!(localnet(), "1\n");
+        net.release().await.unwrap();
+        assert_eq!(sh("nft list tables"), "");
+        assert_eq!(localnet(), "0\n", "CVE-2020-8558: what kept its neighbours out of 127/8 is gone");
+    });
+}
+
+/// CVE-2020-8558: the table keeps the bridge's neighbours out of 127/8, whatever else it holds.
+#[test]
+fn without_masquerade_and_host_ports_the_table_stands_with_the_bridge() {
+    on_node(|node| async move {
+        let config = BuiltinConfig { masquerade: false, ..BuiltinConfig::default() };
+        let net = node.builtin(config.clone()).await;
+        let pod = Netns::new();
+        net.attach(&request("a", &pod, vec![])).await.unwrap();
+        // As the next daemon begins.
+        let net = {
+            drop(net);
+            node.builtin(config).await
+        };
+        assert!(net.reconcile(&BTreeSet::from(["a".to_owned()])).await.unwrap().is_empty());
+        assert!(sh("nft list table inet longshore").contains("127.0.0.0/8"));
+        net.detach("a").await.unwrap();
         net.release().await.unwrap();
         assert_eq!(sh("nft list tables"), "");
     });

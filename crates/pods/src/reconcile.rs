@@ -224,7 +224,10 @@ pub(crate) async fn first_round(shared: &Arc<Shared>, known: &Known) {
     let mut all = Outcome::default();
     let found = Found::list(shared, &mut all).await;
     all.strange(&found.held);
-    end(shared, found.unknown(known), all).await;
+    let mut unknown = found.unknown(known);
+    // Those are being detached already, and what hangs there must not hold up the start.
+    unknown.pods = &unknown.pods - &shared.network.strays();
+    end(shared, unknown, all).await;
 }
 
 async fn end(shared: &Arc<Shared>, unknown: Unknown, mut all: Outcome) {

@@ -200,10 +200,10 @@ impl State {
     }
 
     /// SQLite reports a full disk as `SQLITE_FULL` or, from the shared-memory
-    /// file, as a plain IO error.
+    /// file, as a plain IO error. A range of addresses can be exhausted, too.
     fn blames_the_disk(&self, error: &Error) -> bool {
         match error.kind() {
-            ErrorKind::ResourceExhausted => true,
+            ErrorKind::ResourceExhausted => error.is_because_of::<rusqlite::Error>(),
             ErrorKind::Internal => self.ballast.disk_is_tight(),
             _ => false,
         }

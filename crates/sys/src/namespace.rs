@@ -192,7 +192,8 @@ pub struct Wanted {
     pub uts: bool,
     /// Its host name; without one it has the node's.
     pub hostname: Option<String>,
-    /// Sysctls by name, written as they stand.
+    /// Sysctls by name, written as they stand; those of interfaces that are still to come
+    /// are left to [`write_net_sysctls`].
     pub sysctls: Vec<(String, String)>,
 }
 
@@ -203,6 +204,11 @@ impl Wanted {
             .into_iter()
             .filter_map(|(wanted, kind)| wanted.then_some(kind))
             .collect()
+    }
+
+    /// The sysctls that can be set before the pod has interfaces.
+    fn sysctls_of_now(&self) -> impl Iterator<Item = &(String, String)> {
+        self.sysctls.iter().filter(|(key, _)| !is_of_an_interface(key))
     }
 
     /// Refuses what would change the node instead of the new namespaces.
@@ -249,6 +255,27 @@ pub fn sysctl_namespace(key: &str) -> Option<Kind> {
     } else {
         None
     }
+}
+
+/// Whether it is a setting of an interface that its network only gives the pod.
+pub(crate) fn is_of_an_interface(key: &str) -> bool {
+    let path = sysctl_path(key);
+    let mut parts = path.iter().flat_map(|p| p.iter().skip(3)).map(|part| part.to_str().unwrap_or_default());
+    matches!((parts.next(), parts.next()), (Some("net"), Some("ipv4" | "ipv6" | "mpls")))
+        && matches!(parts.next(), Some("conf" | "neigh"))
+        && parts.next().is_some_and(|interface| !["all", "default", "lo"].contains(&interface))
+}
+
+/// Writes those of `sysctls` that are the net namespace's into the one pinned at `netns`.
+///
+/// # Errors
+/// Those of [`write_sysctl`], and a path that is no namespace.
+pub fn write_net_sysctls(netns: &Path, sysctls: &[(String, String)]) -> Result<()> {
+    let mut net = sysctls.iter().filter(|(key, _)| sysctl_namespace(key) == Some(Kind::Net)).peekable();
+    if net.peek().is_none() {
+        return Ok(());
+    }
+    inside(&[(Kind::Net, netns)], |_| net.try_for_each(|(key, value)| write_sysctl(key, value)))
 }
 
 /// `net.ipv4.conf.eth0/1.x` or `net/ipv4/conf/eth0.1/x`, as `sysctl(8)` reads
@@ -331,7 +358,7 @@ pub fn make<T: Send>(
         thread.unshare(&wanted.kinds())?;
         mark("unshare");
         furnish(wanted)?;
-        for (key, value) in &wanted.sysctls {
+        for (key, value) in wanted.sysctls_of_now() {
             write_sysctl(key, value)?;
         }
         mark("furnish");
@@ -362,6 +389,17 @@ mod tests {
             assert_eq!(sysctl_namespace(key), kind, "{key}");
         }
         assert_eq!(sysctl_path("net.ipv4.conf.eth0/100.rp_filter"), sysctl_path("net/ipv4/conf/eth0.100/rp_filter"));
+    }
+
+    #[test]
+    fn sysctls_of_interfaces_to_come_are_known() {
+        for key in ["net.ipv4.conf.eth0.rp_filter", "net/ipv6/conf/eth0.100/mtu", "net.ipv4.neigh.net1.locktime"] {
+            assert!(is_of_an_interface(key), "{key}");
+        }
+        for key in ["net.ipv4.conf.all.rp_filter", "net.ipv6.conf.lo.mtu", "net.core.somaxconn", "net.ipv4.conf", "net"]
+        {
+            assert!(!is_of_an_interface(key), "{key}");
+        }
     }
 
     #[test]

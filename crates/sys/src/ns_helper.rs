@@ -14,7 +14,7 @@
 //!
 //! The helper lives until its socket ends, so that a daemon that dies leaves none.
 
-use crate::namespace::{Kind, ThisThread, Wanted, furnish, inside, write_sysctl};
+use crate::namespace::{Kind, ThisThread, Wanted, furnish, inside, is_of_an_interface, write_sysctl};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -97,6 +97,9 @@ fn serve(socket: &UnixStream) -> Result<()> {
     furnish(&wanted)?;
     let mut reply = vec![b"done".to_vec()];
     for (index, (key, value)) in wanted.sysctls.iter().enumerate() {
+        if is_of_an_interface(key) {
+            continue;
+        }
         match write_sysctl(key, value) {
             // Before Linux 6.10 the ipc sysctls were the node's root's to write.
             Err(e) if e.kind() == ErrorKind::PermissionDenied => reply.push(index.to_string().into_bytes()),

@@ -96,6 +96,18 @@ impl Error {
         self
     }
 
+    /// Whether an error of this type is among the causes.
+    pub fn is_because_of<T: std::error::Error + 'static>(&self) -> bool {
+        let mut next = self.source.as_deref().map(|e| e as &dyn std::error::Error);
+        while let Some(e) = next {
+            if e.is::<T>() || e.downcast_ref::<Self>().is_some_and(Self::is_because_of::<T>) {
+                return true;
+            }
+            next = e.source();
+        }
+        false
+    }
+
     /// Puts `context` in front of the message and keeps kind, hint and cause.
     #[must_use]
     pub fn within(mut self, context: impl fmt::Display) -> Self {
@@ -232,6 +244,14 @@ mod tests {
         let outer = Err::<(), _>(inner).context(|| "create container b".into()).unwrap_err();
         assert_eq!(outer.kind(), ErrorKind::NotFound);
         assert_eq!(outer.to_string(), "create container b: image a (pull it)");
+    }
+
+    #[test]
+    fn a_cause_is_known_by_its_type() {
+        let io = Err::<(), _>(std::io::Error::from_raw_os_error(28)).context(|| "write x".into()).unwrap_err();
+        assert!(io.is_because_of::<std::io::Error>() && !io.is_because_of::<std::fmt::Error>());
+        assert!(Error::internal("outer").because(io).is_because_of::<std::io::Error>());
+        assert!(!Error::internal("none").is_because_of::<std::io::Error>());
     }
 
     #[test]

@@ -36,7 +36,14 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 use store::{AddressWish, Store};
+
+/// How long those who need nothing but the truth wait for pods that are leaving.
+const LEAVING_BOUND: Duration = Duration::from_secs(5);
+
+/// How long a failure to prepare the node counts before [`Builtin::status`] tries again.
+const UNREADY_COUNTS: Duration = Duration::from_secs(5);
 
 /// How the built-in network is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,6 +102,8 @@ struct Inner {
     former: Mutex<Vec<IpRange>>,
     turns: Turns,
     leaving: Leaving,
+    /// Why the node could not be prepared when it was tried last, and when that was.
+    unready: Mutex<Option<(Instant, Error)>>,
 }
 
 impl Builtin {
@@ -124,6 +133,7 @@ impl Builtin {
                 former: Mutex::default(),
                 turns: Turns::default(),
                 leaving: Leaving::default(),
+                unready: Mutex::default(),
             }),
         })
     }
@@ -215,8 +225,37 @@ impl Builtin {
         plug.make(node).map(|()| node)
     }
 
+    /// Whether pods can be attached, as far as the last attempt to prepare the node tells.
+    /// One that failed is made again now and then: while the node isn't ready, no pod
+    /// comes that would.
+    ///
+    /// # Errors
+    /// Why they can't be.
+    pub async fn status(&self) -> Result<()> {
+        let this = self.clone();
+        crate::blocking("prepare the node", move || {
+            let last = this.unready().as_ref().map(|(at, e)| (at.elapsed(), e.copy()));
+            match last {
+                None => Ok(()),
+                Some((since, e)) if since < UNREADY_COUNTS => Err(e),
+                Some(_) => this.prepare().map(drop),
+            }
+        })
+        .await
+    }
+
+    fn unready(&self) -> MutexGuard<'_, Option<(Instant, Error)>> {
+        self.inner.unready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The bridge, the sysctls and the table.
     fn prepare(&self) -> Result<Node> {
+        let prepared = self.prepare_now();
+        *self.unready() = prepared.as_ref().err().map(|e| (Instant::now(), e.copy()));
+        prepared
+    }
+
+    fn prepare_now(&self) -> Result<Node> {
         let config = self.config();
         let mut ready = self.node();
         let node = match *ready {
@@ -335,6 +374,17 @@ impl Builtin {
         let bridge = self.config().bridge;
         let plugged = crate::blocking("list the bridge's ports", move || node::plugged(&bridge)).await?;
         let held = self.inner.store.network_claims().await?;
+        // First: while others are detached, the table must not stand without masquerade.
+        let used: BTreeSet<&str> = held
+            .iter()
+            .filter(|c| live.contains(&c.pod_id))
+            .flat_map(|c| c.addresses.iter().map(|(range, _)| range.as_str()))
+            .collect();
+        self.keep_former(&self.config().ranges, &used);
+        if !used.is_empty() {
+            let this = self.clone();
+            failed.extend(crate::blocking("prepare the node", move || this.prepare()).await.err());
+        }
         for claims in held.iter().filter(|c| !c.addresses.is_empty() && !live.contains(&c.pod_id)) {
             let addresses: Vec<String> = claims.addresses.iter().map(|(_, a)| a.to_string()).collect();
             match self.detach(&claims.pod_id).await {
@@ -351,16 +401,6 @@ impl Builtin {
                 Err(e) => failed.push(e),
             }
         }
-        let used: BTreeSet<&str> = held
-            .iter()
-            .filter(|c| live.contains(&c.pod_id))
-            .flat_map(|c| c.addresses.iter().map(|(range, _)| range.as_str()))
-            .collect();
-        self.keep_former(&self.config().ranges, &used);
-        if !used.is_empty() {
-            let this = self.clone();
-            failed.extend(crate::blocking("prepare the node", move || this.prepare()).await.err());
-        }
         match self.inner.ports.reconcile(live).await {
             Ok(ports) => removed.extend(ports),
             Err(e) => failed.push(e),
@@ -369,12 +409,12 @@ impl Builtin {
     }
 
     /// The pods that have an address or a host port; those that are leaving have none
-    /// when this returns.
+    /// when this returns, unless the kernel takes long over their links.
     ///
     /// # Errors
     /// When the database can't be read.
     pub async fn attached(&self) -> Result<BTreeSet<String>> {
-        self.inner.leaving.wait_for(self.inner.leaving.now()).await;
+        self.all_have_left().await;
         Ok(self.inner.store.network_claims().await?.into_iter().map(|c| c.pod_id).collect())
     }
 
@@ -383,7 +423,11 @@ impl Builtin {
     /// # Errors
     /// Names what can't be removed.
     pub async fn release(&self) -> Result<()> {
-        self.inner.leaving.wait_for(self.inner.leaving.now()).await;
+        if !self.all_have_left().await {
+            let pods: Vec<String> = self.inner.leaving.now().iter().map(|pod| format!("{pod:.12}")).collect();
+            let what = format!("the kernel has not removed the links of pods {} yet", pods.join(", "));
+            return Err(Error::deadline(what).hint("bridge and table stay"));
+        }
         let held = self.inner.store.network_claims().await?;
         if held.iter().any(|c| !c.addresses.is_empty()) {
             return Ok(());
@@ -393,13 +437,20 @@ impl Builtin {
             let mut ready = this.node();
             if node::remove_bridge(&this.config().bridge)? {
                 *ready = None;
-                this.inner.ports.rules().forget_ranges();
+                this.inner.ports.rules().forget_bridge();
             }
             Ok(())
         })
         .await;
         let table = self.inner.ports.release().await.map(drop);
         Error::join("release the built-in network", [bridge.err(), table.err()].into_iter().flatten().collect())
+    }
+
+    /// Waits for those who are leaving; false where that takes too long, as it does for
+    /// ever where something in the kernel holds on to a link.
+    async fn all_have_left(&self) -> bool {
+        let leaving = &self.inner.leaving;
+        tokio::time::timeout(LEAVING_BOUND, leaving.wait_for(leaving.now())).await.is_ok()
     }
 
     fn range_of(&self, address: IpAddr) -> Option<IpRange> {

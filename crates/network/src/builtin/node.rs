@@ -147,6 +147,8 @@ fn warn_of_overlaps(socket: &Socket, ranges: &[IpRange]) -> Result<()> {
 
 fn settings(config: &BuiltinConfig) -> Result<()> {
     let bridge = &config.bridge;
+    // CVE-2020-10749: no pod tells the node its routes, whatever addresses pods have.
+    route::set_conf("ipv6", bridge, "accept_ra", "0")?;
     let has = |v4: bool| config.ranges.iter().any(|r| r.gateway().address.is_ipv4() == v4);
     if has(true) {
         route::write_proc("/proc/sys/net/ipv4/ip_forward", "1")?;
@@ -158,8 +160,6 @@ fn settings(config: &BuiltinConfig) -> Result<()> {
                 .hint("configure IPv4 ranges only"));
         }
         route::set_conf("ipv6", bridge, "disable_ipv6", "0")?;
-        // CVE-2020-10749: no pod tells the node its routes.
-        route::set_conf("ipv6", bridge, "accept_ra", "0")?;
         route::set_conf("ipv6", bridge, "accept_dad", "0")?;
         forward_ipv6()?;
     }

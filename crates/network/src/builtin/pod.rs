@@ -86,10 +86,11 @@ impl Plug {
             .ok_or_else(|| Error::precondition(format!("{INTERFACE} has just been removed from the pod")))?;
         if self.addresses.iter().any(|n| n.address.is_ipv6()) {
             route::set_conf("ipv6", INTERFACE, "disable_ipv6", "0")?;
-            // Usable at once; and CVE-2020-10749: no neighbour tells the pod its routes.
+            // Usable at once.
             route::set_conf("ipv6", INTERFACE, "accept_dad", "0")?;
-            route::set_conf("ipv6", INTERFACE, "accept_ra", "0")?;
         }
+        // CVE-2020-10749: no neighbour tells the pod its routes.
+        route::set_conf("ipv6", INTERFACE, "accept_ra", "0")?;
         let mut batch = Batch::default();
         route::set_up(&mut batch, link.index, INTERFACE);
         for net in &self.addresses {

@@ -8,6 +8,8 @@ use ::types::{Error, Result, ResultExt};
 use rustix::fs::inotify;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -145,7 +147,7 @@ fn reload(dir: &Path, loaded: &RwLock<Arc<Loaded>>) {
 async fn follow(dir: PathBuf, loaded: std::sync::Weak<RwLock<Arc<Loaded>>>, mut watch: Result<Watch>) {
     loop {
         match &mut watch {
-            Ok(w) => w.changed().await,
+            Ok(w) => w.changed(&dir).await,
             Err(e) => {
                 tracing::warn!("changes of CNI configurations are not seen: {e}");
                 tokio::time::sleep(AGAIN).await;
@@ -159,6 +161,13 @@ async fn follow(dir: PathBuf, loaded: std::sync::Weak<RwLock<Arc<Loaded>>>, mut 
         };
         reload(&dir, &loaded);
     }
+}
+
+/// What has just been created: a link is complete at once, a file once it was closed, or
+/// where it had no name before.
+fn is_complete(path: &Path) -> bool {
+    let link = std::fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink() || m.nlink() > 1);
+    link || matches!(read(path), Ok(Some(_)))
 }
 
 /// An inotify instance that watches one directory.
@@ -181,19 +190,30 @@ impl Watch {
     fn renew(&self, dir: &Path) -> Result<()> {
         use inotify::WatchFlags as W;
         let _ = std::fs::create_dir_all(dir);
-        // A file counts once it is complete; so no CREATE and no MODIFY.
-        let events = W::CLOSE_WRITE | W::MOVE | W::DELETE | W::DELETE_SELF | W::MOVE_SELF | W::ONLYDIR;
+        // A file counts once it is complete; so no MODIFY, and CREATE of links alone.
+        let events = W::CREATE | W::CLOSE_WRITE | W::MOVE | W::DELETE | W::DELETE_SELF | W::MOVE_SELF | W::ONLYDIR;
         inotify::add_watch(self.fd.get_ref().as_fd(), dir, events)
             .map(drop)
             .context(|| format!("watch {}", dir.display()))
     }
 
-    /// Waits for an event and takes all that there are.
-    async fn changed(&mut self) {
-        let Ok(mut ready) = self.fd.readable().await else { return std::future::pending().await };
-        let mut events = [0u8; 4096];
-        while matches!(rustix::io::read(self.fd.get_ref(), &mut events), Ok(1..)) {}
-        ready.clear_ready();
+    /// Waits for an event that counts and takes all that there are.
+    async fn changed(&mut self, dir: &Path) {
+        loop {
+            let Ok(mut ready) = self.fd.readable().await else { return std::future::pending().await };
+            let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+            let mut events = inotify::Reader::new(self.fd.get_ref(), &mut buffer);
+            let mut counts = false;
+            while let Ok(event) = events.next() {
+                let created = event.events().contains(inotify::ReadFlags::CREATE);
+                let name = event.file_name().map(|n| std::ffi::OsStr::from_bytes(n.to_bytes()));
+                counts |= !created || name.is_some_and(|n| is_complete(&dir.join(n)));
+            }
+            ready.clear_ready();
+            if counts {
+                return;
+            }
+        }
     }
 }
 
@@ -240,6 +260,13 @@ mod tests {
         std::fs::remove_file(path.join("10-a.json")).unwrap();
         until("one that goes takes its network with it", || names(&dir) == ["b"]).await;
         std::fs::write(path.join("30-c.conf"), conf("b")).unwrap();
+        std::fs::write(root.path().join("elsewhere"), conf("l")).unwrap();
+        std::os::unix::fs::symlink(root.path().join("elsewhere"), path.join("40-l.conf")).unwrap();
+        until("a link counts as it comes", || names(&dir).contains(&"l".to_owned())).await;
+        std::fs::remove_file(path.join("40-l.conf")).unwrap();
+        until("and goes", || names(&dir) == ["b"]).await;
+        std::fs::hard_link(root.path().join("elsewhere"), path.join("40-l.conf")).unwrap();
+        until("of either kind", || names(&dir).contains(&"l".to_owned())).await;
         until("a name is in use once", || {
             dir.loaded().complaints.len() == 1 && dir.loaded().complaints[0].contains("earlier file")
         })

@@ -24,6 +24,7 @@ mod result;
 mod told;
 
 use crate::Readiness;
+use crate::turns::Turns;
 use crate::types::{AttachRequest, Attached, Net};
 use ::types::{Error, Result, ResultExt};
 pub use cache::given_up;
@@ -106,6 +107,8 @@ pub struct Cni {
     status_plugins: Plugins,
     cache: Cache,
     conf_dir: Option<ConfDir>,
+    /// The specification forbids two operations on one pod at a time.
+    turns: Turns,
     /// The last answer of STATUS, and to which configurations.
     status: tokio::sync::Mutex<Option<(Instant, Arc<Loaded>, Readiness)>>,
 }
@@ -123,6 +126,7 @@ impl Cni {
             status_plugins: Plugins::new(config.bin_dirs.clone(), bound.min(STATUS_BOUND)),
             cache: Cache::open(&config.cache_dir)?,
             conf_dir: watch.then(|| ConfDir::watch(&config.conf_dir)),
+            turns: Turns::default(),
             status: tokio::sync::Mutex::default(),
             config,
         })
@@ -169,6 +173,7 @@ impl Cni {
         for plugin in lists.iter().flat_map(|l| &l.plugins) {
             self.plugins.find(&plugin.kind)?;
         }
+        let _turn = self.turns.take(&request.pod_id).await;
         let mut attachments = Vec::new();
         for (n, list) in lists.iter().enumerate() {
             let interface = format!("eth{n}");
@@ -178,7 +183,7 @@ impl Cni {
             record.capability_args.clone_from(&capabilities);
             self.store(&record).await?;
             let result = self.add(list, &mut record).await?;
-            let attachment = result::attachment(&result, &interface);
+            let attachment = result::attachment(&result, &interface, n == 0);
             let attachment = attachment.map_err(|e| e.within(format!("network {}", list.name)))?;
             attachments.push(Attached { network: list.name.clone(), interface, attachment, result: Some(result) });
         }
@@ -217,6 +222,7 @@ impl Cni {
     /// # Errors
     /// All failures, joined; what has failed stays recorded.
     pub async fn detach(&self, pod: &str) -> Result<()> {
+        let _turn = self.turns.take(pod).await;
         let Found { records, torn, mut errors } = self.cache.of(pod);
         for record in records.iter().rev() {
             errors.extend(self.detach_one(record).await.err());
@@ -285,6 +291,7 @@ impl Cni {
     /// # Errors
     /// What the plugins find amiss.
     pub async fn check(&self, pod: &str) -> Result<()> {
+        let _turn = self.turns.take(pod).await;
         let Found { records, torn, mut errors } = self.cache.of(pod);
         errors.extend(torn.into_iter().map(|t| t.error));
         Error::join("read its attachments", errors)?;
@@ -350,7 +357,10 @@ impl Cni {
     pub async fn collect(&self, live: &BTreeSet<String>) -> (BTreeSet<String>, Vec<Error>) {
         let (pods, mut errors) = (self.attached(), self.cache.all().errors);
         if !pods.is_empty() {
-            errors.extend(end_plugins(pods.clone()).await.err());
+            let ended = self.end_plugins_of(pods.clone(), live.clone());
+            let ended = tokio::time::timeout(COLLECT_BOUND, ended).await;
+            let ended = ended.unwrap_or_else(|_| Err(crate::overdue(COLLECT_BOUND, "looking for old plugins")));
+            errors.extend(ended.err());
         }
         let stale: Vec<String> = pods.difference(live).cloned().collect();
         let mut left: BTreeSet<String> = stale.iter().cloned().collect();
@@ -391,7 +401,12 @@ impl Cni {
     /// # Errors
     /// Names those that don't die.
     pub async fn end_plugins(&self, pod: &str) -> Result<()> {
-        end_plugins(BTreeSet::from([pod.to_owned()])).await
+        self.end_plugins_of(BTreeSet::from([pod.to_owned()]), BTreeSet::new()).await
+    }
+
+    async fn end_plugins_of(&self, pods: BTreeSet<String>, live: BTreeSet<String>) -> Result<()> {
+        let dirs = self.config.bin_dirs.clone();
+        crate::blocking("look for old plugins", move || plugin::end_orphans(&pods, &live, &dirs)).await
     }
 
     /// GC by the plugins of the networks in use.
@@ -444,9 +459,4 @@ impl Cni {
 
 fn subject<'a>(record: &'a Record, netns: &'a Path) -> Subject<'a> {
     Subject { pod: &record.container_id, netns, interface: &record.if_name, args: &record.cni_args }
-}
-
-async fn end_plugins(pods: BTreeSet<String>) -> Result<()> {
-    let ended = tokio::task::spawn_blocking(move || plugin::end_orphans(&pods)).await;
-    ended.context(|| "look for old plugins".into()).and_then(|ended| ended)
 }

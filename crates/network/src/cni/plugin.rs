@@ -5,13 +5,15 @@
 
 use super::config::NetworkList;
 use ::types::{Error, ErrorKind, Result, ResultExt};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, getpgid, kill_process_group};
 use serde::Deserialize;
 use serde_json::Value;
+use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 
@@ -276,12 +278,15 @@ impl Drop for Group {
 }
 
 /// Ends the plugins that run for these pods, a former daemon's or those of a call that
-/// was given up: an ADD that goes on would undo what is being freed. They are known by the pod's
-/// id in their environment.
+/// was given up: an ADD that goes on would undo what is being freed. They are known by the
+/// pod's id in their environment, as is what they have borne. Of a pod that is `live`, that
+/// may be meant to last (a name server, a proxy): only the plugins themselves are ended,
+/// programs of these directories, with their process groups.
 ///
 /// # Errors
 /// Names those that don't die.
-pub fn end_orphans(pods: &std::collections::BTreeSet<String>) -> Result<()> {
+pub fn end_orphans(pods: &BTreeSet<String>, live: &BTreeSet<String>, dirs: &[PathBuf]) -> Result<()> {
+    let dirs: Vec<PathBuf> = dirs.iter().flat_map(|d| [Some(d.clone()), d.canonicalize().ok()]).flatten().collect();
     let mut found = Vec::new();
     let entries = std::fs::read_dir("/proc").context(|| "list /proc".into())?;
     for entry in entries.flatten() {
@@ -290,28 +295,40 @@ pub fn end_orphans(pods: &std::collections::BTreeSet<String>) -> Result<()> {
         let Ok(process) = sys::pidfd::PidFd::open(pid) else { continue };
         let Ok(environment) = std::fs::read(entry.path().join("environ")) else { continue };
         let pod = environment.split(|b| *b == 0).find_map(|v| v.strip_prefix(b"CNI_CONTAINERID="));
-        if pod.and_then(|p| std::str::from_utf8(p).ok()).is_some_and(|p| pods.contains(p)) {
-            let _ = process.signal(::types::Signal::KILL);
-            found.push((pid, process));
+        let Some(pod) = pod.and_then(|p| std::str::from_utf8(p).ok()).filter(|p| pods.contains(*p)) else { continue };
+        if live.contains(pod) {
+            if !is_of(&entry.path(), &dirs) {
+                continue;
+            }
+            let group = Group(Pid::from_raw(pid).filter(|p| getpgid(Some(*p)).is_ok_and(|g| g == *p)));
+            group.kill();
         }
+        let _ = process.signal(::types::Signal::KILL);
+        found.push((pid, process));
     }
-    let wait = rustix::event::Timespec { tv_sec: KILL_WAIT.as_secs().cast_signed(), tv_nsec: 0 };
-    let lives = |process: &sys::pidfd::PidFd| {
-        // Readable once it has ended, whoever reaps it.
-        let mut fds = [rustix::event::PollFd::new(process, rustix::event::PollFlags::IN)];
-        !matches!(rustix::event::poll(&mut fds, Some(&wait)), Ok(1..))
-    };
-    let stuck: Vec<String> = found.iter().filter(|(_, p)| lives(p)).map(|(pid, _)| pid.to_string()).collect();
+    let until = Instant::now() + KILL_WAIT;
+    let stuck: Vec<String> = found
+        .iter()
+        .filter(|(_, p)| !p.ended_within(until.saturating_duration_since(Instant::now())))
+        .map(|(pid, _)| pid.to_string())
+        .collect();
     if !stuck.is_empty() {
         return Err(Error::deadline(format!("CNI plugins that were killed don't die: pids {}", stuck.join(", "))));
     }
     Ok(())
 }
 
+/// Whether a process runs a program of these directories, or a script of theirs.
+fn is_of(proc: &Path, dirs: &[PathBuf]) -> bool {
+    let words = std::fs::read(proc.join("cmdline")).unwrap_or_default();
+    let words = words.split(|b| *b == 0).take(3).map(|w| PathBuf::from(std::ffi::OsStr::from_bytes(w)));
+    let exe = std::fs::read_link(proc.join("exe")).into_iter();
+    exe.chain(words).any(|path| dirs.iter().any(|d| path.starts_with(d)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
 
     /// A directory with the plugin `x`, a shell script.
     fn script(body: &str) -> (tempfile::TempDir, Plugins, NetworkList) {
@@ -403,8 +420,44 @@ mod tests {
             assert!(Instant::now() < deadline, "the plugin does not run");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        tokio::task::spawn_blocking(move || end_orphans(&pods)).await.unwrap().unwrap();
+        tokio::task::spawn_blocking(move || end_orphans(&pods, &BTreeSet::new(), &[])).await.unwrap().unwrap();
         let e = running.await.unwrap().unwrap_err();
         assert!(e.to_string().contains("signal: 9"), "{e}");
+    }
+
+    /// Such as a name server.
+    #[tokio::test]
+    async fn what_a_plugin_left_for_a_living_pod_lives_on() {
+        let (dir, plugins, list) = script(
+            "setsid sleep 4713 </dev/null >/dev/null 2>&1 & echo $! >\"$0.helper\"; echo $$ >\"$0.pid\"; sleep 4715 & wait",
+        );
+        let pods: BTreeSet<String> = ["pod-that-lives".to_owned()].into();
+        let subject = Subject { pod: "pod-that-lives", ..subject() };
+        let running =
+            tokio::spawn(
+                async move { plugins.run(&list, "x", Verb::Check, Some(subject), &serde_json::Map::new()).await },
+            );
+        let line = |pid: &str| std::fs::read_to_string(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let helper = loop {
+            let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).ok().filter(|t| t.ends_with('\n'));
+            if let (Some(helper), Some(_)) = (read("x.helper"), read("x.pid"))
+                && line(&helper).starts_with("sleep")
+            {
+                break helper;
+            }
+            assert!(Instant::now() < deadline, "the plugin does not run");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        let end = |live: BTreeSet<String>| {
+            let (pods, dirs) = (pods.clone(), [dir.path().to_owned()]);
+            async move { tokio::task::spawn_blocking(move || end_orphans(&pods, &live, &dirs)).await.unwrap() }
+        };
+        end(pods.clone()).await.unwrap();
+        let e = running.await.unwrap().unwrap_err();
+        assert!(e.to_string().contains("signal: 9"), "{e}");
+        assert_eq!(line(&helper).replace("\0", " "), "sleep 4713 ");
+        end(BTreeSet::new()).await.unwrap();
+        assert_eq!(line(&helper), "", "without its pod it goes, too");
     }
 }

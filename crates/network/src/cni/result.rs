@@ -39,9 +39,10 @@ struct Ip {
 /// it or on none by name.
 ///
 /// # Errors
-/// When it is no result, or the pod has got no address by it: a kubelet takes a pod
-/// without one for broken, and makes it anew for ever (behaviours.md section 6).
-pub fn attachment(result: &Value, name: &str) -> Result<Attachment> {
+/// When it is no result, or the pod was to be given an address by it and has none: a
+/// kubelet takes a pod without one for broken, and makes it anew for ever (behaviours.md
+/// section 6). A further network may be one of links alone.
+pub fn attachment(result: &Value, name: &str, addressed: bool) -> Result<Attachment> {
     let answer: Answer =
         serde_json::from_value(result.clone()).context(|| "the answer to ADD is no result of CNI".into())?;
     let in_pod = |i: &Interface| !i.sandbox.is_empty();
@@ -50,7 +51,7 @@ pub fn attachment(result: &Value, name: &str) -> Result<Attachment> {
         Some(n) => answer.interfaces.get(n).is_some_and(|i| in_pod(i) && i.name == name),
     };
     let ours: Vec<&Ip> = answer.ips.iter().filter(is_ours).collect();
-    if ours.is_empty() {
+    if ours.is_empty() && addressed {
         return Err(Error::internal(format!("the network gave the pod no address for {name}"))
             .hint("does its configuration have an \"ipam\"?"));
     }
@@ -79,14 +80,14 @@ mod tests {
             "ips": [{"version": "4", "interface": 2, "address": "10.1.0.2/16", "gateway": "10.1.0.1"},
                 {"version": "6", "interface": 2, "address": "fd00::2/64", "gateway": "fd00::1"}],
             "routes": [{"dst": "0.0.0.0/0"}], "dns": {}});
-        let a = attachment(&old, "eth0").unwrap();
+        let a = attachment(&old, "eth0", true).unwrap();
         assert_eq!(a.addresses, ["10.1.0.2/16".parse().unwrap(), "fd00::2/64".parse().unwrap()]);
         assert_eq!(a.gateways.len(), 2);
         assert_eq!(a.mac.unwrap().to_string(), "02:00:00:00:00:03");
         assert_eq!(a.host_interface.as_deref(), Some("veth1"));
         let new = json!({"cniVersion": "1.1.0", "interfaces": [{"name": "eth0", "sandbox": "/x", "mtu": 1400}],
             "ips": [{"address": "fd00::2/64", "interface": 0}]});
-        let a = attachment(&new, "eth0").unwrap();
+        let a = attachment(&new, "eth0", true).unwrap();
         assert_eq!((a.mtu, a.mac, a.host_interface), (Some(1400), None, None));
     }
 
@@ -95,7 +96,8 @@ mod tests {
         let mixed = json!({"interfaces": [{"name": "eth0"}, {"name": "eth0", "sandbox": "/x"}, {"name": "net1", "sandbox": "/x"}],
             "ips": [{"address": "10.0.0.1/8", "interface": 0}, {"address": "10.0.0.2/8", "interface": 1},
                 {"address": "10.0.0.3/8", "interface": 2}, {"address": "10.0.0.4/8"}]});
-        let got: Vec<String> = attachment(&mixed, "eth0").unwrap().addresses.iter().map(ToString::to_string).collect();
+        let got: Vec<String> =
+            attachment(&mixed, "eth0", true).unwrap().addresses.iter().map(ToString::to_string).collect();
         assert_eq!(got, ["10.0.0.2/8", "10.0.0.4/8"]);
     }
 
@@ -107,7 +109,7 @@ mod tests {
             (json!({"ips": [{"address": "10.0.0.1"}]}), "no result"),
             (json!({"ips": 3}), "no result"),
         ] {
-            let e = attachment(&bad, "eth0").unwrap_err().to_string();
+            let e = attachment(&bad, "eth0", true).unwrap_err().to_string();
             assert!(e.contains(reason), "{bad}: {e}");
         }
     }

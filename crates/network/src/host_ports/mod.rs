@@ -28,6 +28,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use store::{PortClaim, Store};
 
+/// The setting by which an interface takes packets for 127/8.
+const LOCALNET: &str = "route_localnet";
+/// The database's key of the interfaces that we have given it to.
+const OPENED: &str = "route_localnet";
 /// The least time between two repairs of the table: somebody else may insist.
 const REPAIR_PAUSE: Duration = Duration::from_secs(1);
 
@@ -63,6 +67,8 @@ struct Inner {
     rules: Mutex<Rules>,
     wire: Mutex<Wire>,
     turns: Turns,
+    /// Held over the database's note of the interfaces that take packets for 127/8.
+    opening: tokio::sync::Mutex<()>,
 }
 
 /// The way to the kernel. One socket for all changes, since closing one waits until
@@ -110,7 +116,15 @@ impl HostPorts {
             }
         }
         let rules = Mutex::new(Rules::new(table.to_owned(), pods));
-        Ok(Self { inner: Arc::new(Inner { store, rules, wire: Mutex::default(), turns: Turns::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                store,
+                rules,
+                wire: Mutex::default(),
+                turns: Turns::default(),
+                opening: tokio::sync::Mutex::default(),
+            }),
+        })
     }
 
     /// Leads `ports` to the pod's `addresses`, of which the first of each family
@@ -140,11 +154,16 @@ impl HostPorts {
             let _turn = this.inner.turns.take(&pod).await;
             this.inner.store.claim_ports(&pod, claims, &target).await?;
             let (ports, of) = (this.clone(), pod.clone());
-            match crate::blocking("lead host ports", move || {
-                fault::during(Step::NetworkPorts, || ports.install(&of, all, localnet))
-            })
-            .await
-            {
+            let led = async {
+                if localnet == Localnet::ByRoute {
+                    this.let_loopback_in(&all).await?;
+                }
+                crate::blocking("lead host ports", move || {
+                    fault::during(Step::NetworkPorts, || ports.install(&of, all))
+                })
+                .await
+            };
+            match led.await {
                 Ok(()) => Ok(()),
                 Err(e) => match this.take_away(&pod).await {
                     Ok(()) => Err(e),
@@ -155,12 +174,8 @@ impl HostPorts {
         .await
     }
 
-    fn install(&self, pod_id: &str, all: Vec<Forward>, localnet: Localnet) -> Result<()> {
+    fn install(&self, pod_id: &str, all: Vec<Forward>) -> Result<()> {
         let udp = udp_ports(&all);
-        if localnet == Localnet::ByRoute {
-            let targets: BTreeSet<IpAddr> = all.iter().map(|f| f.target.address).collect();
-            targets.into_iter().try_for_each(let_loopback_in)?;
-        }
         self.change(|rules, socket| rules.set(socket, pod_id, all))?;
         // A peer that was sending before the port led here must come here now.
         self.forget(&udp);
@@ -236,8 +251,45 @@ impl HostPorts {
             }
         }
         let ports = self.clone();
-        failed.extend(crate::blocking("make the table", move || ports.restore()).await.err());
+        match self.keep_loopback_out().await {
+            Ok(()) => failed.extend(crate::blocking("make the table", move || ports.restore()).await.err()),
+            Err(e) => failed.push(e),
+        }
         Error::join("reconcile host ports", failed).map(|()| removed)
+    }
+
+    /// Lets answers to 127.0.0.1 in by the interfaces that lead to pods. Packets to 127/8
+    /// from there are dropped by the table; so which ones they are is noted first, and
+    /// they are as before when the table goes.
+    async fn let_loopback_in(&self, all: &[Forward]) -> Result<()> {
+        let targets: BTreeSet<IpAddr> = all.iter().map(|f| f.target.address).filter(IpAddr::is_ipv4).collect();
+        let closed = crate::blocking("find the way to a pod", move || closed_to_loopback(&targets)).await?;
+        if closed.is_empty() {
+            return Ok(());
+        }
+        let _alone = self.inner.opening.lock().await;
+        let noted = self.inner.store.meta(OPENED).await?.unwrap_or_default();
+        let all: BTreeSet<&str> = noted.split(' ').chain(closed.iter().map(String::as_str)).collect();
+        let all: Vec<&str> = all.into_iter().filter(|name| !name.is_empty()).collect();
+        self.inner.store.set_meta(OPENED, &all.join(" ")).await?;
+        crate::blocking("let answers to 127.0.0.1 in", move || {
+            closed.iter().try_for_each(|name| route::set_conf("ipv4", name, LOCALNET, "1").map(drop))
+        })
+        .await
+    }
+
+    /// Before the table goes, which keeps neighbours away from 127/8 (CVE-2020-8558).
+    async fn keep_loopback_out(&self) -> Result<()> {
+        let _alone = self.inner.opening.lock().await;
+        let opened = self.inner.store.meta(OPENED).await?.unwrap_or_default();
+        if opened.is_empty() || !self.rules().is_empty() {
+            return Ok(());
+        }
+        crate::blocking("keep neighbours away from 127/8", move || {
+            opened.split(' ').try_for_each(|name| route::set_conf("ipv4", name, LOCALNET, "0").map(drop))
+        })
+        .await?;
+        self.inner.store.set_meta(OPENED, "").await
     }
 
     fn restore(&self) -> Result<()> {
@@ -282,6 +334,7 @@ impl HostPorts {
     /// # Errors
     /// Names the table.
     pub async fn release(&self) -> Result<bool> {
+        self.keep_loopback_out().await?;
         let ports = self.clone();
         crate::blocking("release the table", move || ports.change(|rules, socket| rules.release(socket))).await
     }
@@ -292,21 +345,19 @@ impl HostPorts {
     }
 }
 
-/// Lets answers to 127.0.0.1 in by the interface that leads to a pod. Packets to
-/// 127/8 from there are dropped by the table.
-fn let_loopback_in(pod: IpAddr) -> Result<()> {
-    if pod.is_ipv6() {
-        return Ok(());
-    }
+/// The interfaces that lead to these addresses and take nothing for 127/8, by name.
+fn closed_to_loopback(targets: &BTreeSet<IpAddr>) -> Result<Vec<String>> {
     let socket = Socket::open(sys::netlink::Protocol::Route)?;
-    let Some(index) = route::interface_towards(&socket, pod)? else { return Ok(()) };
-    match route::link_at(&socket, index)? {
-        Some(link) if link.name != "lo" => {
-            route::set_conf("ipv4", &link.name, "route_localnet", "1")?;
+    let mut closed = BTreeSet::new();
+    for target in targets {
+        let Some(index) = route::interface_towards(&socket, *target)? else { continue };
+        let Some(link) = route::link_at(&socket, index)?.filter(|l| l.name != "lo") else { continue };
+        let conf = format!("/proc/sys/net/ipv4/conf/{}/{LOCALNET}", link.name);
+        if std::fs::read_to_string(conf).is_ok_and(|v| v.trim() == "0") {
+            closed.insert(link.name);
         }
-        _ => {}
     }
-    Ok(())
+    Ok(closed.into_iter().collect())
 }
 
 fn udp_ports(all: &[Forward]) -> Vec<u16> {

@@ -40,6 +40,9 @@ pub(crate) struct Rules {
     table: String,
     /// Whose traffic to elsewhere is masqueraded.
     ranges: Vec<IpRange>,
+    /// The built-in network stands, masqueraded or not: its bridge lets answers to 127/8
+    /// in, and the table keeps everything else to 127/8 out.
+    bridged: bool,
     pods: BTreeMap<String, Vec<Forward>>,
     /// The networks in the table's hairpin chains, by their names; `None` until it has
     /// been made.
@@ -48,7 +51,7 @@ pub(crate) struct Rules {
 
 impl Rules {
     pub(crate) fn new(table: String, pods: BTreeMap<String, Vec<Forward>>) -> Self {
-        Self { table, ranges: Vec::new(), pods, standing: None }
+        Self { table, ranges: Vec::new(), bridged: false, pods, standing: None }
     }
 
     pub(crate) fn table(&self) -> &str {
@@ -65,19 +68,20 @@ impl Rules {
 
     /// Whether the table would hold nothing.
     pub(crate) fn is_empty(&self) -> bool {
-        self.pods.is_empty() && self.ranges.is_empty()
+        self.pods.is_empty() && !self.bridged
     }
 
     pub(crate) fn pods(&self) -> Vec<String> {
         self.pods.keys().cloned().collect()
     }
 
-    /// Masquerades what these ranges send elsewhere, and makes the table if it isn't
-    /// there: somebody may have flushed the whole rule set.
+    /// Masquerades what these ranges of the built-in network send elsewhere, and makes the
+    /// table if it isn't there: somebody may have flushed the whole rule set.
     ///
     /// # Errors
     /// Names the message that the kernel refused; nothing has changed then.
     pub(crate) fn masquerade(&mut self, socket: &Socket, ranges: &[IpRange]) -> Result<()> {
+        self.bridged = true;
         if self.ranges == ranges && self.standing.is_some() && nft::table_exists(socket, &self.table)? {
             return Ok(());
         }
@@ -201,8 +205,10 @@ impl Rules {
         Ok(true)
     }
 
-    pub(crate) fn forget_ranges(&mut self) {
+    /// The bridge is gone.
+    pub(crate) fn forget_bridge(&mut self) {
         self.ranges.clear();
+        self.bridged = false;
     }
 
     /// The networks of our ranges and of all pods with ports, by their names.

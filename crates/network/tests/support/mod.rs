@@ -20,7 +20,8 @@ pub const LONG: Duration = Duration::from_secs(20);
 pub const SHORT: Duration = Duration::from_millis(500);
 
 pub struct Node {
-    pub dir: tempfile::TempDir,
+    /// Goes when the test has ended.
+    pub dir: PathBuf,
     pub store: Store,
 }
 
@@ -32,7 +33,7 @@ pub fn on_node<F: Future<Output = ()>>(test: impl FnOnce(Node) -> F + Send) {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(test(Node { dir, store: store.clone() }));
+        runtime.block_on(test(Node { dir: dir.path().to_owned(), store: store.clone() }));
         store.close();
         Ok(())
     })

@@ -115,6 +115,7 @@ async fn attach(shared: &Arc<Shared>, new: &NewPod, sandbox: &SandboxState, netn
     let network = shared.network.attach(&request).await?;
     let addresses: Vec<IpAddr> = network.addresses().collect();
     shared.sandboxes.note_addresses(sandbox, &addresses).await?;
+    shared.sandboxes.set_network_sysctls(netns, &new.config).await?;
     Ok(network)
 }
 

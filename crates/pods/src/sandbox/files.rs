@@ -102,6 +102,29 @@ pub(super) fn of_node(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
+/// The node's resolv.conf for a pod without a DNS configuration. In a network namespace
+/// of its own a pod doesn't reach a resolver on the node's loopback, such as
+/// systemd-resolved, which says elsewhere whom it asks itself.
+pub(super) fn resolv_conf_of_node(own_net: bool) -> Result<Vec<u8>> {
+    resolv_conf_from(Path::new("/etc/resolv.conf"), Path::new("/run/systemd/resolve/resolv.conf"), own_net)
+}
+
+fn resolv_conf_from(file: &Path, upstream: &Path, own_net: bool) -> Result<Vec<u8>> {
+    let said = of_node(file)?;
+    let asked = if own_net && asks_only_itself(&said) { of_node(upstream)? } else { Vec::new() };
+    Ok(if asked.is_empty() { said } else { asked })
+}
+
+fn asks_only_itself(resolv_conf: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(resolv_conf);
+    let servers = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        (words.next() == Some("nameserver")).then(|| words.next().and_then(|s| s.parse::<IpAddr>().ok()))
+    });
+    let servers: Vec<Option<IpAddr>> = servers.collect();
+    !servers.is_empty() && servers.iter().all(|s| s.is_some_and(|s| s.is_loopback()))
+}
+
 /// Writes a new file, 0644, as the pod's root owns it. Symlinks are not followed:
 /// whatever is there already is an error.
 pub(super) fn write(path: &Path, content: &[u8], owner: Option<(u32, u32)>) -> Result<()> {
@@ -123,6 +146,21 @@ mod tests {
 
     fn plan(own: bool) -> NamespacePlan {
         NamespacePlan { net: own, ipc: own, uts: own, pid: PidPlan::Private, user: None, pause: false }
+    }
+
+    #[test]
+    fn a_resolver_of_the_node_s_loopback_is_passed_over_in_a_network_of_ones_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, upstream) = (dir.path().join("resolv.conf"), dir.path().join("upstream"));
+        let stub = "# systemd\nnameserver 127.0.0.53\noptions edns0\n";
+        std::fs::write(&file, stub).unwrap();
+        let of = |own| String::from_utf8(resolv_conf_from(&file, &upstream, own).unwrap()).unwrap();
+        assert_eq!(of(true), stub, "without systemd-resolved");
+        std::fs::write(&upstream, "nameserver 192.0.2.53\n").unwrap();
+        assert_eq!((of(true).as_str(), of(false).as_str()), ("nameserver 192.0.2.53\n", stub));
+        let both = "nameserver 127.0.0.1\nnameserver 192.0.2.1\n";
+        std::fs::write(&file, both).unwrap();
+        assert_eq!(of(true), both);
     }
 
     fn dns(servers: &[&str], searches: &[&str], options: &[&str]) -> DnsConfig {

@@ -46,6 +46,10 @@ use sys::ns_helper::HelperCommand;
 use tokio::sync::oneshot;
 use types::{Error, Result, ResultExt};
 
+/// How long a sandbox's setup may keep its teardown waiting: more than each of its system
+/// calls and the helper may take.
+const TURN_BOUND: Duration = Duration::from_secs(60);
+
 /// Where sandboxes lie.
 #[derive(Debug, Clone)]
 pub struct SandboxDirs {
@@ -176,14 +180,20 @@ struct Turn {
 }
 
 impl Busy {
-    /// Waits for its turn on a blocking thread; every turn is bounded by those of
-    /// its system calls and of the helper.
-    fn turn(self: &Arc<Self>, id: &str) -> Turn {
-        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
-        while !pods.insert(id.to_owned()) {
-            pods = self.less.wait(pods).unwrap_or_else(PoisonError::into_inner);
+    /// Waits for its turn on a blocking thread, of which there are not many.
+    ///
+    /// # Errors
+    /// `Unavailable` where the one before hangs in a system call.
+    fn turn(self: &Arc<Self>, id: &str) -> Result<Turn> {
+        let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.less.wait_timeout_while(pods, TURN_BOUND, |pods| pods.contains(id));
+        let (mut pods, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            let what = format!("sandbox {id:.12} is still being made or taken down after {} s", TURN_BOUND.as_secs());
+            return Err(Error::unavailable(what).hint("a file system or a mount may hang"));
         }
-        Turn { busy: self.clone(), id: id.to_owned() }
+        pods.insert(id.to_owned());
+        Ok(Turn { busy: self.clone(), id: id.to_owned() })
     }
 }
 
@@ -237,9 +247,7 @@ impl Sandboxes {
     pub async fn setup(&self, request: SandboxRequest<'_>) -> Result<SandboxState> {
         let layout = Layout::of(&self.dirs.state, request.pod_id)?;
         let contents = files::contents(request.config, request.plan, &sys::namespace::hostname())?;
-        let mut sysctls: Vec<(String, String)> = request.config.linux.iter().flat_map(|l| l.sysctls.clone()).collect();
-        // The map has no order; the same one must fail each time.
-        sysctls.sort();
+        let sysctls = sysctls(request.config);
         let (netns, helper, plan) = (self.netns.clone(), self.helper.clone(), request.plan.clone());
         let order = setup::Order { layout: layout.clone(), netns, helper, plan, contents, sysctls };
         let (tx, rx) = oneshot::channel();
@@ -250,8 +258,8 @@ impl Sandboxes {
             let state = setup::run(order);
             drop(begun);
             if let Err(Ok(_)) = tx.send(state) {
-                let _turn = this.busy.turn(&layout.id);
-                if let Err(e) = teardown::all(&layout, &this.netns) {
+                let torn_down = this.busy.turn(&layout.id).and_then(|_turn| teardown::all(&layout, &this.netns));
+                if let Err(e) = torn_down {
                     tracing::warn!("nobody awaits this sandbox any more: {e}");
                 }
             }
@@ -270,6 +278,19 @@ impl Sandboxes {
         }
         let (path, text) = (sandbox.hosts_path.clone(), files::hosts(&sandbox.hostname, addresses));
         blocking(move || files::overwrite(&path, text.as_bytes())).await
+    }
+
+    /// Sets the pod's network sysctls once more, now that it has its interfaces: those of
+    /// interfaces could not be set before, and others are to hold whatever its network did.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for one that can't be.
+    pub async fn set_network_sysctls(&self, netns: &Path, config: &PodSandboxConfig) -> Result<()> {
+        let (netns, sysctls) = (netns.to_owned(), sysctls(config));
+        if sysctls.is_empty() {
+            return Ok(());
+        }
+        blocking(move || sys::namespace::write_net_sysctls(&netns, &sysctls)).await
     }
 
     /// The turn of a setup, which must be the pod's only one.
@@ -291,7 +312,7 @@ impl Sandboxes {
         let layout = Layout::of(&self.dirs.state, pod_id)?;
         let this = self.clone();
         blocking(move || {
-            let _turn = this.busy.turn(&layout.id);
+            let _turn = this.busy.turn(&layout.id)?;
             teardown::all(&layout, &this.netns)
         })
         .await
@@ -315,7 +336,7 @@ impl Sandboxes {
         let layout = Layout::of(&self.dirs.state, pod_id)?;
         let this = self.clone();
         blocking(move || {
-            let _turn = this.busy.turn(&layout.id);
+            let _turn = this.busy.turn(&layout.id)?;
             teardown::clear(&layout, &this.netns)
         })
         .await
@@ -395,6 +416,13 @@ impl Sandboxes {
 /// A directory with this mode if it is new; one that is there keeps its own.
 fn make_dir(path: &Path, mode: u32) -> Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(mode).create(path).context(|| format!("make {}", path.display()))
+}
+
+/// Those that the pod asks for. The map has no order; the same one must fail each time.
+fn sysctls(config: &PodSandboxConfig) -> Vec<(String, String)> {
+    let mut all: Vec<(String, String)> = config.linux.iter().flat_map(|l| l.sysctls.clone()).collect();
+    all.sort();
+    all
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -210,16 +210,16 @@ fn write_files(order: &Order) -> Result<()> {
     let Order { layout, contents, plan, .. } = order;
     let owner = root_of(plan);
     files::write(&layout.hostname(), format!("{}\n", contents.hostname).as_bytes(), owner)?;
-    for (path, content, of_node) in [
-        (layout.hosts(), &contents.hosts, "/etc/hosts"),
-        (layout.resolv_conf(), &contents.resolv_conf, "/etc/resolv.conf"),
-    ] {
-        match content {
-            Some(text) => files::write(&path, text.as_bytes(), owner)?,
-            None => files::write(&path, &files::of_node(Path::new(of_node))?, owner)?,
-        }
-    }
-    Ok(())
+    let hosts = match &contents.hosts {
+        Some(text) => text.clone().into_bytes(),
+        None => files::of_node(Path::new("/etc/hosts"))?,
+    };
+    files::write(&layout.hosts(), &hosts, owner)?;
+    let resolv_conf = match &contents.resolv_conf {
+        Some(text) => text.clone().into_bytes(),
+        None => files::resolv_conf_of_node(plan.net)?,
+    };
+    files::write(&layout.resolv_conf(), &resolv_conf, owner)
 }
 
 fn mount_shm(order: &Order) -> Result<()> {

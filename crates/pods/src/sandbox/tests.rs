@@ -264,6 +264,29 @@ async fn a_user_namespace_owns_the_others() {
 }
 
 #[tokio::test]
+async fn sysctls_of_interfaces_are_set_when_these_are_there_and_others_hold() {
+    let world = World::new();
+    for base in [pod(POD, POD, POD), userns_pod()] {
+        let sysctls = [("net.ipv4.conf.eth0.rp_filter", "2"), ("net.ipv4.ip_default_ttl", "61")];
+        let config = with_sysctls(base, &sysctls);
+        let (id, state) = world.pod(&config).await;
+        let netns = state.net.as_deref().unwrap();
+        let e = world.sandboxes.set_network_sysctls(netns, &config).await.unwrap_err();
+        assert!(e.kind() == ErrorKind::InvalidArgument && e.to_string().contains("eth0.rp_filter"), "{e}");
+        // What its network might do.
+        let script = "ip link add eth0 type veth peer name other0; echo 62 >/proc/sys/net/ipv4/ip_default_ttl";
+        let net = format!("--net={}", netns.display());
+        let done = Command::new("nsenter").args([&net, "sh", "-c", script]).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+        world.sandboxes.set_network_sysctls(netns, &config).await.unwrap();
+        assert_eq!(read_inside(&state, "/proc/sys/net/ipv4/conf/eth0/rp_filter"), "2");
+        assert_eq!(read_inside(&state, "/proc/sys/net/ipv4/ip_default_ttl"), "61");
+        world.sandboxes.teardown(&id).await.unwrap();
+    }
+    assert_eq!(world.leavings(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
 async fn a_failed_step_is_named_and_leaves_nothing() {
     let world = World::new();
     let id = types::new_id().unwrap();
