@@ -173,8 +173,59 @@ pub struct ContainersConfig {
     pub seccomp: Seccomp,
     /// 0 is no limit.
     pub pids_limit: i64,
+    /// As docker's `--ulimit` has them.
+    pub ulimits: Vec<Ulimit>,
     /// Exact keys, or prefixes that end in `*`.
     pub annotations: Vec<String>,
+}
+
+/// A resource limit, read from `nofile=1024:524288`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Ulimit(pub spec::Rlimit);
+
+/// Those that Linux has, without their prefix.
+const ULIMITS: [&str; 16] = [
+    "as",
+    "core",
+    "cpu",
+    "data",
+    "fsize",
+    "locks",
+    "memlock",
+    "msgqueue",
+    "nice",
+    "nofile",
+    "nproc",
+    "rss",
+    "rtprio",
+    "rttime",
+    "sigpending",
+    "stack",
+];
+
+impl TryFrom<String> for Ulimit {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let form = || format!("the ulimit {text:?} is not NAME=SOFT:HARD");
+        let (name, limits) = text.split_once('=').ok_or_else(form)?;
+        if !ULIMITS.contains(&name) {
+            return Err(format!("{name:?} of the ulimit {text:?} is none of {}", ULIMITS.join(", ")));
+        }
+        let number = |limit: &str| match limit {
+            "unlimited" | "-1" => Ok(u64::MAX),
+            other => other.parse::<u64>().map_err(|_| form()),
+        };
+        let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+        let (soft, hard) = (number(soft)?, number(hard)?);
+        if soft > hard {
+            return Err(format!(
+                "the ulimit {text:?} is softer than hard: its first number must not be the larger one"
+            ));
+        }
+        Ok(Self(spec::Rlimit { name: format!("RLIMIT_{}", name.to_uppercase()), soft, hard }))
+    }
 }
 
 /// A seccomp profile for those that name none.
@@ -366,6 +417,24 @@ mod tests {
         assert!(format!("{e:#}").contains("did you mean \"runtime.cgroup_driver\"?"), "{e:#}");
         let e = load("sockt = \"/x\"\n").unwrap_err();
         assert!(format!("{e:#}").contains("did you mean \"socket\"?"), "{e:#}");
+    }
+
+    #[test]
+    fn ulimits_are_read_as_people_write_them() {
+        let of = |text: &str| load(&format!("[containers]\nulimits = [{text:?}]\n")).map(|c| c.containers.ulimits);
+        let limit = |soft, hard| vec![Ulimit(spec::Rlimit { name: "RLIMIT_NOFILE".into(), soft, hard })];
+        assert_eq!(of("nofile=1024:4096").unwrap(), limit(1024, 4096));
+        assert_eq!(of("nofile=1024").unwrap(), limit(1024, 1024));
+        assert_eq!(of("nofile=1:unlimited").unwrap(), limit(1, u64::MAX));
+        for (bad, reason) in [
+            ("nofiles=1", "is none of as, core"),
+            ("nofile", "NAME=SOFT:HARD"),
+            ("nofile=many", "NAME=SOFT:HARD"),
+            ("nofile=2:1", "larger"),
+        ] {
+            let e = format!("{:#}", of(bad).unwrap_err());
+            assert!(e.contains(reason) && e.contains(bad), "{e}");
+        }
     }
 
     #[test]

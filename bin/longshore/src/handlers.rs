@@ -257,6 +257,7 @@ fn policy(config: &Config, own: &HandlerConfig) -> spec::NodePolicy {
     let mut policy = spec::NodePolicy {
         default_seccomp: config.containers.seccomp == Seccomp::Default,
         pids_limit: Some(config.containers.pids_limit).filter(|n| *n > 0),
+        rlimits: config.containers.ulimits.iter().map(|limit| limit.0.clone()).collect(),
         ..Default::default()
     };
     policy.annotations.extend(config.containers.annotations.iter().chain(&own.annotations).cloned());

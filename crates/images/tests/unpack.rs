@@ -99,6 +99,25 @@ async fn cve_2021_32760_a_layer_reaches_nothing_outside_of_its_root() {
 }
 
 #[tokio::test]
+async fn below_a_symlink_what_it_leads_to_is_made_inside() {
+    let node = Node::new().await;
+    let layer = Layer::new()
+        .symlink("var/run", "/run")
+        .file("var/run/lock/x", b"1", 0o644)
+        .symlink("a/b", "../../../c/d")
+        .symlink("c", "/e")
+        .file("a/b/y", b"2", 0o644);
+    let top = unpack(&node, [layer]).await.unwrap();
+    assert_eq!(std::fs::read(top.join("run/lock/x")).unwrap(), b"1");
+    assert_eq!(std::fs::read(top.join("e/d/y")).unwrap(), b"2");
+    assert!(top.join("var/run").is_symlink() && top.join("a/b").is_symlink() && top.join("c").is_symlink());
+    let node = Node::new().await;
+    let turns = Layer::new().symlink("a", "b").symlink("b", "a").file("a/x", b"1", 0o644);
+    unpack(&node, [turns]).await.unwrap_err();
+    node.assert_empty().await;
+}
+
+#[tokio::test]
 async fn an_absolute_name_is_inside_and_a_climbing_one_refused() {
     let node = Node::new().await;
     let top = unpack(&node, [Layer::new().file("/abs", b"1", 0o644).file("./rel", b"2", 0o644)]).await.unwrap();

@@ -406,7 +406,7 @@ mod tests {
     #[test]
     fn no_pair_of_record_and_task_loses_an_exit_or_keeps_a_dead_task() {
         let running = || ContainerState::Running { pid: 1, started_at: UNIX_EPOCH };
-        let exited = || ContainerState::start_error(String::new());
+        let exited = || ContainerState::start_error(UNIX_EPOCH, String::new());
         let alive = || TaskState::Running { pid: 7 };
         // An exit that stands is never changed.
         for task in [None, Some(alive()), Some(dead(0)), Some(TaskState::Created)] {

@@ -176,9 +176,11 @@ impl ContainerState {
         Self::Exited { started_at, certificate, reason, message }
     }
 
-    /// The end of a container whose process could not be started.
-    pub fn start_error(message: String) -> Self {
+    /// The end of a container whose process could not be started: it has lived no longer
+    /// than its creation (behaviours.md section 2).
+    pub fn start_error(created_at: SystemTime, message: String) -> Self {
         let certificate = plain_certificate(ExitStatus::Code(START_ERROR_CODE));
+        let certificate = Certificate { exited_at: created_at, ..certificate };
         Self::Exited { started_at: None, certificate, reason: ExitReason::StartError, message }
     }
 

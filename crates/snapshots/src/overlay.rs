@@ -25,7 +25,7 @@ use std::collections::HashSet;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use store::{SnapshotKind, SnapshotRecord, Store};
 use types::{Error, ErrorKind, Result, ResultExt};
 
@@ -33,6 +33,10 @@ use types::{Error, ErrorKind, Result, ResultExt};
 const OPTIONS_MAX: usize = 4095;
 /// The turn of who removes directories without a record; no snapshot has this key.
 const UNRECORDED: &str = "/";
+/// A copy of an image's layers that takes so long may outlast whoever waits for it,
+const LONG_COPY: Duration = Duration::from_secs(10);
+/// and rests so long for the next who wants it.
+const LINGER: Duration = Duration::from_secs(600);
 const OVERLAYFS_MAGIC: i64 = 0x794c_7630;
 
 /// The overlayfs snapshotter; clones share it.
@@ -284,11 +288,15 @@ impl Inner {
     /// The layers from `chain_id` down copied for `map`, where they aren't yet;
     /// returns the copy's key.
     async fn mapped_layers(self: &Arc<Self>, chain_id: &str, map: &IdMap) -> Result<(String, Hold)> {
+        // Before they are looked at: whoever removes the image meanwhile leaves them whole.
+        let base = self.holds.hold(vec![chain_id.to_owned()]);
         let top = self.store.snapshot(chain_id).await?.ok_or_else(|| unknown(chain_id))?;
         let mut chain = vec![top.clone()];
         chain.extend(self.store.ancestors(top.id).await?);
         let key_of = |layer: &SnapshotRecord| format!("{}+{}", layer.key, map.key());
         let hold = self.holds.hold(chain.iter().flat_map(|l| [l.key.clone(), key_of(l)]).collect());
+        drop(base);
+        let begun = Instant::now();
         let mut below: Option<String> = None;
         for layer in chain.iter().rev() {
             let key = key_of(layer);
@@ -308,7 +316,23 @@ impl Inner {
             }
             below = Some(key);
         }
+        if begun.elapsed() > LONG_COPY {
+            self.linger(self.holds.hold(chain.iter().map(key_of).collect()));
+        }
         Ok((below.unwrap_or_default(), hold))
+    }
+
+    /// Keeps what a long copy has made for whoever tries again: who waited for it may have
+    /// given it up, and removed the container that it was for.
+    fn linger(self: &Arc<Self>, hold: Hold) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(LINGER).await;
+            drop(hold);
+            if let Err(e) = this.sweep().await {
+                tracing::warn!("layers of a user namespace that nobody has used stay: {e}");
+            }
+        });
     }
 
     async fn prepare(self: &Arc<Self>, key: &str, parent: Option<&str>, map: Option<&IdMap>) -> Result<Vec<Mount>> {

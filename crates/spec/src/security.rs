@@ -120,7 +120,8 @@ pub(crate) fn apparmor(
     warnings: &mut Vec<String>,
 ) -> Result<Option<String>> {
     match profile("apparmor", sc.apparmor.as_ref(), &sc.apparmor_profile)? {
-        _ if sc.privileged => Ok(None),
+        // What was asked for by name holds for a privileged container, too.
+        Profile::Unset | Profile::RuntimeDefault | Profile::Unconfined if sc.privileged => Ok(None),
         Profile::Unset | Profile::RuntimeDefault if !node.apparmor => Ok(None),
         Profile::Unset => Ok(policy.default_apparmor.clone()),
         Profile::RuntimeDefault => {

@@ -90,6 +90,23 @@ fn a_privileged_container_sees_the_host() {
 }
 
 #[test]
+fn apparmor_of_a_privileged_container_is_what_it_names() {
+    let of = |kind: cri::security_profile::ProfileType, apparmor: bool| {
+        let mut inputs = Inputs::new();
+        inputs.privileged();
+        inputs.node.apparmor = apparmor;
+        let localhost_ref = if kind == cri::security_profile::ProfileType::Localhost { "mine" } else { "" };
+        inputs.sc().apparmor =
+            Some(cri::SecurityProfile { profile_type: kind.into(), localhost_ref: localhost_ref.into() });
+        inputs.make().map(|made| json(&made.spec)["process"].get("apparmorProfile").cloned())
+    };
+    use cri::security_profile::ProfileType::{Localhost, RuntimeDefault, Unconfined};
+    assert_eq!(of(Localhost, true).unwrap(), Some("mine".into()));
+    assert_eq!(of(Localhost, false).unwrap_err().kind(), ErrorKind::FailedPrecondition, "it must not run without");
+    assert_eq!((of(RuntimeDefault, true).unwrap(), of(Unconfined, true).unwrap()), (None, None));
+}
+
+#[test]
 fn errors_name_container_field_and_value() {
     let mut inputs = Inputs::new();
     inputs.sc().run_as_username = "mallory".into();

@@ -25,6 +25,9 @@ const OPAQUE_XATTR: &std::ffi::CStr = c"trusted.overlay.opaque";
 /// directories beyond keep the time of unpacking.
 const DIRS_MAX: usize = 64 << 20;
 
+/// How many symlinks may lead to a directory, as the kernel has it.
+const MOST_SYMLINKS: usize = 40;
+
 const DIR: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 const INSIDE: ResolveFlags = ResolveFlags::IN_ROOT.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::NO_XDEV);
 
@@ -66,6 +69,20 @@ fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
         return Err(Error::invalid("a path with '..' leads outside"));
     }
     Ok(parts)
+}
+
+/// Where a symlink in the directory of these components leads, in the layer's root.
+fn target_of(dir: &[&[u8]], target: &[u8]) -> Vec<Vec<u8>> {
+    let from = if target.starts_with(b"/") { &[] } else { dir };
+    let mut parts: Vec<Vec<u8>> = from.iter().map(|part| part.to_vec()).collect();
+    for part in target.split(|b| *b == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => drop(parts.pop()),
+            part => parts.push(part.to_vec()),
+        }
+    }
+    parts
 }
 
 /// `openat2` inside of `dir`, again where a concurrent rename made it unsure.
@@ -138,13 +155,28 @@ impl Extractor {
             Err(Errno::NOENT | Errno::NOTDIR) => {}
             Err(e) => return Err(e).context(|| "open its directory".into()),
         }
+        self.make_directories(parts, MOST_SYMLINKS)
+    }
+
+    /// Makes those of these components that are missing.
+    fn make_directories(&mut self, parts: &[&[u8]], symlinks: usize) -> Result<OwnedFd> {
+        let what = || "open a directory above".to_owned();
         let mut at = self.root.try_clone().context(|| "duplicate a descriptor".into())?;
         for (depth, name) in parts.iter().enumerate() {
             let so_far = parts[..=depth].join(&b'/');
             at = match open_inside(self.root.as_fd(), &so_far, DIR, ResolveFlags::empty()) {
                 Ok(fd) => fd,
-                Err(Errno::NOENT | Errno::NOTDIR) => self.implied(at.as_fd(), name, &so_far)?,
-                Err(e) => return Err(e).context(|| "open a directory above".into()),
+                Err(Errno::NOENT | Errno::NOTDIR) => match rustix::fs::readlinkat(&at, *name, Vec::new()) {
+                    // What it leads to has no entry, or none yet.
+                    Ok(target) if symlinks > 0 => {
+                        let target = target_of(&parts[..depth], target.to_bytes());
+                        let target: Vec<&[u8]> = target.iter().map(Vec::as_slice).collect();
+                        self.make_directories(&target, symlinks - 1)?;
+                        open_inside(self.root.as_fd(), &so_far, DIR, ResolveFlags::empty()).context(what)?
+                    }
+                    _ => self.implied(at.as_fd(), name, &so_far)?,
+                },
+                Err(e) => return Err(e).context(what),
             };
         }
         Ok(at)

@@ -112,7 +112,7 @@ impl Owner {
                 }
             }
             Err(e) => {
-                let next = info.in_state(ContainerState::start_error(e.to_string()));
+                let next = info.in_state(ContainerState::start_error(info.created_at, e.to_string()));
                 if let Some(slot) = self.slots.get(id) {
                     slot.ended.send_replace(true);
                 }

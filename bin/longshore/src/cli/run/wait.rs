@@ -28,10 +28,10 @@ pub async fn status(client: &mut Client, id: &str) -> Result<ContainerStatus> {
 pub async fn exit(client: &mut Client, id: &str) -> Result<ContainerStatus> {
     let mut away_since: Option<Instant> = None;
     loop {
-        match watch(client, id).await {
+        match watch(client, id, &mut away_since).await {
             Ok(Some(status)) => return Ok(status),
-            // The stream ended: the daemon did.
-            Ok(None) => away_since = None,
+            // The stream ended: the daemon did, or it tells that events were lost.
+            Ok(None) => {}
             Err(e) if e.kind() == ErrorKind::Unavailable => {
                 let since = *away_since.get_or_insert_with(Instant::now);
                 if since.elapsed() > ABSENCE {
@@ -44,12 +44,14 @@ pub async fn exit(client: &mut Client, id: &str) -> Result<ContainerStatus> {
     }
 }
 
-/// Subscribes first and asks then, so that no end falls in between.
-async fn watch(client: &mut Client, id: &str) -> Result<Option<ContainerStatus>> {
+/// Subscribes first and asks then, so that no end falls in between. A daemon that answers
+/// is not away.
+async fn watch(client: &mut Client, id: &str, away_since: &mut Option<Instant>) -> Result<Option<ContainerStatus>> {
     let events = client.runtime.get_container_events(GetEventsRequest::default()).await;
     let mut events = events.answer(|| "subscribe to events".to_string())?;
     loop {
         let now = status(client, id).await?;
+        *away_since = None;
         if now.state() == ContainerState::ContainerExited {
             return Ok(Some(now));
         }
@@ -58,6 +60,7 @@ async fn watch(client: &mut Client, id: &str) -> Result<Option<ContainerStatus>>
                 Ok(Some(event)) if event.container_id == id => break,
                 Ok(Some(_)) => {}
                 Ok(None) => return Ok(None),
+                Err(status) if status.code() == tonic::Code::DataLoss => return Ok(None),
                 // A dropped connection shows as one of several codes.
                 Err(status) => {
                     let lost: Error = error(&status);
