@@ -30,8 +30,10 @@ use types::Result;
 /// that aren't there, or aren't files, say nothing.
 ///
 /// # Errors
-/// What can't be read, or is larger than `spec` reads (CVE-2026-47262).
+/// What can't be read, or is larger than `spec` reads (CVE-2026-47262); an image that leads
+/// the runtime's own mounts elsewhere.
 pub fn rootfs_facts(root: &LayeredRoot, request: &UserRequest) -> Result<RootfsFacts> {
+    root.check_mount_points()?;
     let passwd = root.open("etc/passwd")?.map(BufReader::new);
     let group = root.open("etc/group")?.map(BufReader::new);
     RootfsFacts::scan(request, passwd, group)

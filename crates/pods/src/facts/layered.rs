@@ -104,6 +104,23 @@ impl LayeredRoot {
         }
     }
 
+    /// Refuses an image in which a name of the root that the OCI runtime mounts on, and
+    /// makes files in, is a symlink: runc up to 1.1 makes the links of /dev where it leads
+    /// on the node (CVE-2025-31133 and its kin).
+    ///
+    /// # Errors
+    /// `FailedPrecondition`, naming the symlink and its target.
+    pub fn check_mount_points(&self) -> Result<()> {
+        let roots = self.roots()?;
+        for name in ["dev", "proc", "sys"] {
+            if let Found::Symlink(target) = look_up(&roots, OsStr::new(name)).context(|| describe(name))? {
+                let what = format!("/{name} of the image is a symlink, to {}", Path::new(&target).display());
+                return Err(Error::precondition(what).hint("the image must have a directory there, or nothing"));
+            }
+        }
+        Ok(())
+    }
+
     fn resolve(&self, path: &str) -> Result<Option<Resolved>> {
         let what = || describe(path);
         let mut stack = vec![self.roots()?];
@@ -264,6 +281,23 @@ mod tests {
         assert_eq!(l.read("etc/passwd"), None, "a whiteout hides the file");
         whiteout(&l.at("mid/etc"));
         assert_eq!(l.read("etc/group"), None, "a whiteout hides the directory");
+    }
+
+    #[test]
+    fn cve_2025_31133_a_symlink_to_mount_on_is_refused_unless_it_is_hidden() {
+        let l = Layers::new();
+        let check =
+            || LayeredRoot(["top", "mid", "low"].iter().map(|layer| l.at(layer)).collect()).check_mount_points();
+        check().unwrap();
+        std::os::unix::fs::symlink("/etc", l.at("low/dev")).unwrap();
+        let e = check().unwrap_err().to_string();
+        assert!(e.contains("/dev of the image is a symlink, to /etc"), "{e}");
+        std::fs::create_dir(l.at("top/dev")).unwrap();
+        check().unwrap();
+        std::os::unix::fs::symlink("tmp", l.at("mid/proc")).unwrap();
+        check().unwrap_err();
+        whiteout(&l.at("top/proc"));
+        check().unwrap();
     }
 
     #[test]
