@@ -112,21 +112,38 @@ pub(crate) fn outputs(pid: u32) -> HashSet<Node> {
 /// The anonymous pipes that a process holds the reading end of.
 pub(crate) fn read_ends(pid: u32) -> HashSet<Node> {
     descriptors(Path::new(&format!("/proc/{pid}")))
-        .filter(|(path, mode)| {
-            *mode == 0 && fs::read_link(path).is_ok_and(|l| l.to_string_lossy().starts_with("pipe:"))
-        })
-        .filter_map(|(path, _)| fs::metadata(path).ok().map(|m| (m.dev(), m.ino())))
+        .filter(|d| d.mode == 0 && fs::read_link(&d.path).is_ok_and(|l| l.to_string_lossy().starts_with("pipe:")))
+        .filter_map(|Descriptor { path, .. }| fs::metadata(path).ok().map(|m| (m.dev(), m.ino())))
         .collect()
 }
 
-/// A process's descriptors, each with its access mode (0 read, 1 write, 2 both).
-fn descriptors(proc: &Path) -> impl Iterator<Item = (PathBuf, u32)> {
+/// One descriptor of a process.
+struct Descriptor {
+    path: PathBuf,
+    /// 0 read, 1 write, 2 both.
+    mode: u32,
+    /// Before Linux 5.14 it isn't told.
+    inode: Option<u64>,
+}
+
+impl Descriptor {
+    /// Whether it leads to one of `nodes`. Only what may be one is looked at itself: a
+    /// dead file server's file would not answer.
+    fn is_one_of(&self, nodes: &HashSet<Node>) -> bool {
+        self.inode.is_none_or(|inode| nodes.iter().any(|node| node.1 == inode))
+            && fs::metadata(&self.path).is_ok_and(|m| nodes.contains(&(m.dev(), m.ino())))
+    }
+}
+
+/// A process's descriptors.
+fn descriptors(proc: &Path) -> impl Iterator<Item = Descriptor> {
     let info = proc.join("fdinfo");
     let entries = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
     entries.filter_map(move |e| {
         let text = fs::read_to_string(info.join(e.file_name())).ok()?;
-        let flags = text.lines().find_map(|l| l.strip_prefix("flags:"))?;
-        Some((e.path(), u32::from_str_radix(flags.trim(), 8).ok()? & ACCESS_MODE))
+        let of = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)).map(str::trim);
+        let mode = u32::from_str_radix(of("flags:")?, 8).ok()? & ACCESS_MODE;
+        Some(Descriptor { path: e.path(), mode, inode: of("ino:").and_then(|n| n.parse().ok()) })
     })
 }
 
@@ -142,8 +159,7 @@ pub(crate) fn writers(nodes: &HashSet<Node>, but: &[u32]) -> String {
         if but.contains(&pid) {
             continue;
         }
-        let holds = descriptors(&proc)
-            .any(|(path, mode)| mode != 0 && fs::metadata(path).is_ok_and(|m| nodes.contains(&(m.dev(), m.ino()))));
+        let holds = descriptors(&proc).any(|d| d.mode != 0 && d.is_one_of(nodes));
         if !holds {
             continue;
         }

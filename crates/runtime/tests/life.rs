@@ -146,11 +146,18 @@ fn what_can_not_be_ended_after_its_shim_is_not_forgotten() {
     kill_9(pod.shim_pid().unwrap());
     assert_eq!(node.exit_of("c").status.code(), 255);
     assert!(alive(pid), "a runtime that can't be asked has killed nobody");
+    // As the daemon does once the exit is recorded: the bundle must still lead to it.
+    for _ in 0..2 {
+        let e = node.run(m.delete_task("pod1", "c")).unwrap_err();
+        assert!(e.to_string().contains(binary.to_str().unwrap()), "{e}");
+    }
     let e = node.run(m.stop_pod("pod1")).unwrap_err();
     assert!(e.to_string().contains(binary.to_str().unwrap()), "{e}");
+    assert!(alive(pid));
     std::fs::rename(&aside, &binary).unwrap();
-    node.run(m.stop_pod("pod1")).unwrap();
+    node.run(m.delete_task("pod1", "c")).unwrap();
     assert!(!alive(pid));
+    node.run(m.stop_pod("pod1")).unwrap();
     node.assert_clean();
 }
 

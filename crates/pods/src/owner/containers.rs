@@ -15,6 +15,8 @@ use types::{Certificate, Error, Result};
 
 /// Before an exit that the database refused is offered to it once more.
 const SAVE_AGAIN: Duration = Duration::from_secs(2);
+/// The longest that is waited between two attempts.
+const SAVE_AT_LEAST: Duration = Duration::from_secs(60);
 
 impl Owner {
     pub(super) fn create(&mut self, config: ContainerConfig, reply: Reply<String>) {
@@ -142,47 +144,57 @@ impl Owner {
         let started_at = started_at.min(certificate.exited_at);
         slot.deleting_task = true;
         let next = slot.info.in_state(ContainerState::exited(Some(started_at), certificate));
-        self.save_exit(id, next, true);
+        self.save_exit(id, next, 0);
         self.announce(id, EventKind::Stopped);
     }
 
-    fn save_exit(&mut self, id: &str, next: ContainerInfo, again: bool) {
+    fn save_exit(&mut self, id: &str, next: ContainerInfo, tries: u32) {
         let (owned, mailbox) = (id.to_string(), self.mailbox.clone());
         self.set_container(id, next, move |saved| {
-            let _ = mailbox.send(super::Msg::Done(Done::ExitSaved(owned, saved, again)));
+            let _ = mailbox.send(super::Msg::Done(Done::ExitSaved(owned, saved, tries)));
         });
     }
 
-    /// Only now may the bundle go, which knows the exit too. A database that can't
-    /// take it is asked once more; a container can't wait for a full disk for ever.
-    pub(super) fn exit_saved(&mut self, id: &str, saved: Result<()>, again: bool) {
+    /// Only now may the bundle go, which knows the exit too. A database that can't take
+    /// it is asked again and again; until it does, the bundle stays, for the next daemon.
+    /// A container can be removed meanwhile: that can't wait for a full disk for ever.
+    pub(super) fn exit_saved(&mut self, id: &str, saved: Result<()>, tries: u32) {
         let context = self.context();
-        let mailbox = self.mailbox.clone();
-        let Some(slot) = self.slots.get(id) else { return };
+        let Some(slot) = self.slots.get_mut(id) else { return };
         slot.ended.send_replace(true);
-        let id = id.to_string();
-        match saved {
-            Err(e) if again => {
-                tracing::warn!("the exit of container {id:.12} is not in the database yet: {e}");
-                tokio::spawn(async move {
-                    tokio::time::sleep(SAVE_AGAIN).await;
-                    let _ = mailbox.send(super::Msg::Done(Done::SaveExitAgain(id)));
-                });
-                return;
-            }
-            Err(e) => tracing::error!("the exit of container {id:.12} is not in the database: {e}"),
-            Ok(()) => {}
+        if let Err(e) = saved {
+            tracing::warn!("the exit of container {id:.12} is not in the database yet: {e}");
+            slot.deleting_task = tries == 0;
+            return self.offer_exit_again(id, tries);
         }
+        if slot.removing {
+            return;
+        }
+        slot.deleting_task = true;
+        let id = id.to_string();
         self.spawn(async move {
             let result = ops::delete_task(&context, &id).await;
             Done::TaskDeleted(id, result)
         });
     }
 
-    pub(super) fn save_exit_again(&mut self, id: &str) {
-        if let Some(slot) = self.slots.get(id) {
-            let info = ContainerInfo::clone(&slot.info);
-            self.save_exit(id, info, false);
+    fn offer_exit_again(&self, id: &str, tries: u32) {
+        let (id, mailbox) = (id.to_string(), self.mailbox.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep((SAVE_AGAIN * 2u32.saturating_pow(tries)).min(SAVE_AT_LEAST)).await;
+            let _ = mailbox.send(super::Msg::Done(Done::SaveExitAgain(id, tries + 1)));
+        });
+    }
+
+    pub(super) fn save_exit_again(&mut self, id: &str, tries: u32) {
+        match self.slots.get(id) {
+            // Its record goes now, and must not come back; or it doesn't go.
+            Some(slot) if slot.removing => self.offer_exit_again(id, tries),
+            Some(slot) => {
+                let info = ContainerInfo::clone(&slot.info);
+                self.save_exit(id, info, tries);
+            }
+            None => {}
         }
     }
 

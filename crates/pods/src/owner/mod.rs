@@ -108,11 +108,11 @@ pub enum Done {
     Started(String, Result<u32>),
     /// A stop: the container is dead, or not even SIGKILL could end it.
     StopEnded(String, Result<()>),
-    /// A container's exit stands in the database, or does not; whether it is
-    /// offered once more.
-    ExitSaved(String, Result<()>, bool),
-    /// It is time to offer it once more.
-    SaveExitAgain(String),
+    /// A container's exit stands in the database, or does not; how often it was offered
+    /// to it before.
+    ExitSaved(String, Result<()>, u32),
+    /// It is time to offer it once more, after so many times.
+    SaveExitAgain(String, u32),
     /// A container's record is gone, or is not.
     Forgotten(String, Result<()>),
     /// A dead container's task, mounts and bundle are gone.
@@ -299,8 +299,8 @@ impl Owner {
             Done::Created(key, result) => self.created(&key, result),
             Done::Started(id, result) => self.started(&id, result),
             Done::StopEnded(id, result) => self.stop_ended(&id, result),
-            Done::ExitSaved(id, saved, again) => self.exit_saved(&id, saved, again),
-            Done::SaveExitAgain(id) => self.save_exit_again(&id),
+            Done::ExitSaved(id, saved, tries) => self.exit_saved(&id, saved, tries),
+            Done::SaveExitAgain(id, tries) => self.save_exit_again(&id, tries),
             Done::Forgotten(id, saved) => self.forgotten(&id, saved),
             Done::TaskDeleted(id, result) => self.task_deleted(&id, result),
             Done::Removed(id, result) => self.removed(&id, result),

@@ -68,6 +68,11 @@ struct Pipes {
     nodes: HashSet<Node>,
 }
 
+/// The end of a time from now; one that lies beyond what can be told never comes.
+fn after(time: Option<Duration>) -> Option<Instant> {
+    time.and_then(|t| Instant::now().checked_add(t))
+}
+
 async fn at(deadline: Option<Instant>) {
     match deadline {
         Some(t) => tokio::time::sleep_until(t).await,
@@ -306,14 +311,14 @@ impl Exec {
                 both.0.and(both.1)
             });
             let mut drained = None;
-            let (mut ends, mut late) = (None, spec.timeout.map(|t| Instant::now() + t));
+            let (mut ends, mut late) = (None, after(spec.timeout));
             let turn = loop {
                 tokio::select! {
                     biased;
                     line = started.sync.next(), if ends.is_none() => match turn_of(line, spec.timeout) {
                         Turn::Exited(status) => {
                             late = None;
-                            ends = Some((status, spec.drain_timeout.map(|t| Instant::now() + t)));
+                            ends = Some((status, after(spec.drain_timeout)));
                         }
                         turn => break turn,
                     },
@@ -360,7 +365,7 @@ impl Exec {
         process: Option<&Process>,
         caller: &mut oneshot::Receiver<()>,
     ) -> Result<ExecOutput> {
-        let (mut late, mut drain, mut dead) = (spec.timeout.map(|t| Instant::now() + t), None, false);
+        let (mut late, mut drain, mut dead) = (after(spec.timeout), None, false);
         let turn = loop {
             tokio::select! {
                 biased;
@@ -369,7 +374,7 @@ impl Exec {
                 () = gone(process), if !dead => {
                     dead = true;
                     late = None;
-                    drain = spec.drain_timeout.map(|t| Instant::now() + t);
+                    drain = after(spec.drain_timeout);
                 }
                 () = at(late) => break Turn::Late(spec.timeout.unwrap_or_default()),
                 () = at(drain), if drain.is_some() => break Turn::Held,

@@ -21,6 +21,7 @@ pub(super) async fn bury(inner: &Arc<Inner>, pod: &Arc<Pod>, bootstrap: &Bootstr
         let (inner, pod) = (inner.clone(), pod.clone());
         all.spawn(async move {
             let buried = inner.bury_task(&pod.id, &task.id).await;
+            task.note_left(buried.left.is_some());
             inner.ended(&pod, &task, buried.certificate);
         });
     }

@@ -228,7 +228,12 @@ impl Inner {
                 Err(f) if f.is_not_found() && e.kind() != ErrorKind::DeadlineExceeded => {}
                 // What a foreign shim had begun ends first: its call of the OCI runtime may
                 // outlive it, or have been killed half-way with it.
-                Err(_) => drop(self.bury_task(&shim.pod, id).await),
+                Err(_) => {
+                    if let Some(left) = self.bury_task(&shim.pod, id).await.left {
+                        // The bundle leads the pod's end to it.
+                        return e.hint(left.to_string());
+                    }
+                }
             }
         }
         let d = dir.to_path_buf();

@@ -38,6 +38,8 @@ use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
 const ID_LENGTH: usize = 16;
 /// What a call gets at least; zero would mean that it has no bound.
 const LEAST: Duration = Duration::from_millis(1);
+/// How long an error may be held up by the search for who holds the output.
+const LOOK_FOR_HOLDERS: Duration = Duration::from_secs(3);
 
 /// One command, from its FIFOs to its Delete.
 struct Exec {
@@ -161,9 +163,14 @@ async fn ends(
     tokio::select! {
         biased;
         ended = wait.as_mut() => Turn::Exited(ended),
-        () = at(timeout.map(|t| Instant::now() + t)) => Turn::Late(timeout.unwrap_or_default()),
+        () = at(after(timeout)) => Turn::Late(timeout.unwrap_or_default()),
         _ = caller => Turn::CallerGone,
     }
+}
+
+/// The end of a time from now; one that lies beyond what can be told never comes.
+fn after(time: Option<Duration>) -> Option<Instant> {
+    time.and_then(|t| Instant::now().checked_add(t))
 }
 
 async fn at(deadline: Option<Instant>) {
@@ -191,7 +198,7 @@ impl Exec {
             let request = wire::WaitRequest { id: self.container.clone(), exec_id: self.id.clone() };
             call(Duration::ZERO, self.shim.task().wait(Duration::ZERO, request)).await
         });
-        let (pid, early) = self.start(begun, &mut wait).await?;
+        let (pid, early) = self.start(begun, &mut wait, &mut caller).await?;
         drop(permit);
         let Readers { out, err, mut nodes } = readers;
         // A foreign shim puts pipes between the process and our FIFOs.
@@ -211,7 +218,7 @@ impl Exec {
                 tokio::select! {
                     biased;
                     done = io.as_mut() => drained = Some(done),
-                    () = at(spec.drain_timeout.map(|t| Instant::now() + t)) => {}
+                    () = at(after(spec.drain_timeout)) => {}
                     _ = &mut caller => turn = Turn::CallerGone,
                 }
             }
@@ -231,8 +238,14 @@ impl Exec {
                 self.delete().await;
                 output
             }
-            Turn::Exited(Err(Fault::Closed)) => Err(Fault::Closed.within(&self.what("wait for"), Duration::ZERO)),
             Turn::Exited(Err(e)) => {
+                if matches!(e, Fault::Closed) {
+                    // With the shim it has ended; but a connection can break by itself.
+                    if self.shim.has_just_died().await || self.shim.reconnect().await.is_err() {
+                        self.stays.store(!self.shim.is_dead(), Ordering::Relaxed);
+                        return Err(e.within(&self.what("wait for"), Duration::ZERO));
+                    }
+                }
                 self.kill_and_delete().await;
                 Err(e.within(&self.what("wait for"), Duration::ZERO))
             }
@@ -295,6 +308,7 @@ impl Exec {
         &self,
         begun: Instant,
         wait: &mut Pin<&mut impl Future<Output = Ended>>,
+        caller: &mut oneshot::Receiver<()>,
     ) -> Result<(u32, Option<Ended>)> {
         // Queueing counts: what is left of the bound is the start's.
         let left = self.shim.timeouts().create.saturating_sub(begun.elapsed()).max(LEAST);
@@ -309,6 +323,11 @@ impl Exec {
                 // Polled first: it goes out first.
                 ended = wait.as_mut(), if early.is_none() => early = Some(ended),
                 started = &mut start => break started,
+                // Our shim ends a start that is under way; Go's kills nobody before it is over.
+                _ = &mut *caller, if self.shim.own() => {
+                    self.kill_and_delete().await;
+                    return Err(self.caller_gone());
+                }
             }
         };
         match started {
@@ -340,9 +359,9 @@ impl Exec {
                 known
             };
             Ok(holders::writers(&nodes, &[shim, us]))
-        })
-        .await
-        .unwrap_or_default();
+        });
+        // A process that hangs in the kernel can hold up who looks at it.
+        let named = tokio::time::timeout(LOOK_FOR_HOLDERS, named).await.ok().and_then(Result::ok).unwrap_or_default();
         let by = if named.is_empty() { "other processes".to_string() } else { format!("other processes: {named}") };
         Error::internal(format!(
             "{}: the command has ended, but {drain:?} later its io is still held by {by}",
@@ -365,7 +384,8 @@ impl Exec {
         loop {
             let request = wire::DeleteRequest { id: self.container.clone(), exec_id: self.id.clone() };
             match call(bound, self.shim.task().delete(bound, request)).await {
-                Ok(_) | Err(Fault::Closed) => return,
+                Ok(_) => return,
+                Err(Fault::Closed) if self.shim.is_dead() => return,
                 Err(e) if e.is_not_found() => return,
                 // Go's (1.7 and later) waits up to 10 s for whoever holds the output; cut
                 // short by the bound it deletes all the same, just when we stop listening.

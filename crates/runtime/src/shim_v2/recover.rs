@@ -4,6 +4,7 @@
 //! bounds; what fails is that pod's result alone.
 
 use super::Inner;
+use super::bury::Buried;
 use super::config::{Handler, Timeouts};
 use super::pod::Pod;
 use super::rpc::{Fault, call};
@@ -109,8 +110,11 @@ impl Inner {
         self.condemn_task(&pod.id, id).await?;
         self.kill_and_delete(pod, shim, id).await?;
         let dir = self.layout.task(&pod.id, id);
-        if dir.exists() && self.is_known_to_runtime(&pod.id, id).await {
-            self.bury_task(&pod.id, id).await;
+        if dir.exists()
+            && self.is_known_to_runtime(&pod.id, id).await
+            && let Some(left) = self.bury_task(&pod.id, id).await.left
+        {
+            return Err(left);
         }
         pod.update(|s| s.tasks.remove(id));
         blocking(move || bundle::remove_task(&dir)).await
@@ -199,14 +203,19 @@ impl Inner {
         }
         let known = self.is_known_to_runtime(&pod.id, id).await;
         let made = !bundle::is_condemned(&dir) && (known || bundle::certificate(&dir).is_some());
-        let certificate = self.bury_task(&pod.id, id).await.certificate;
+        let Buried { certificate, left } = self.bury_task(&pod.id, id).await;
         if wanted && made {
             return pod.update(|s| {
                 let task = s.tasks.entry(id.to_string()).or_insert_with(|| Arc::new(Task::new(id)));
+                task.note_left(left.is_some());
                 Some(TaskState::Stopped(task.bury(certificate)))
             });
         }
         pod.update(|s| s.tasks.remove(id));
+        if left.is_some() {
+            // The bundle leads the pod's end to it.
+            return None;
+        }
         if let Err(e) = blocking(move || bundle::remove_task(&dir)).await {
             tracing::warn!(pod = pod.id, container = id, error = %e, "a dead container's bundle stays");
         }

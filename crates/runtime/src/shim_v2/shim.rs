@@ -11,9 +11,13 @@ use proto::longshore_shim::{FeaturesRequest, LongshoreClient};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use types::{Error, Result, ResultExt};
+
+/// How long after its connection a dying process may end.
+const DIES: Duration = Duration::from_millis(250);
 
 /// A connected shim.
 pub(crate) struct Shim {
@@ -120,6 +124,12 @@ impl Shim {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let mut fds = [PollFd::new(self.process.get_ref(), PollFlags::IN)];
         matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1..))
+    }
+
+    /// Whether its process has ended, too, now that its connection broke: the kernel closes
+    /// a dying process's sockets before the process counts as dead.
+    pub(crate) async fn has_just_died(&self) -> bool {
+        tokio::time::timeout(DIES, self.exited()).await.is_ok()
     }
 
     /// SIGKILL to the very process that the pidfd means.

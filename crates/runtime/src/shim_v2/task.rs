@@ -22,6 +22,9 @@ const RESOURCES_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/L
 /// Between two attempts to wait where the shim answers with an odd error.
 const WAIT_AGAIN: Duration = Duration::from_secs(1);
 
+/// How often in a row nobody may listen at the socket of a shim that lives before it is
+/// killed.
+const REFUSALS: u32 = 3;
 /// How long the log of an ended container may still be on its way.
 const LOG_END: Duration = Duration::from_secs(2);
 
@@ -37,6 +40,9 @@ pub(crate) struct Task {
     watched: AtomicBool,
     /// It counts as never made: nobody is told of its end.
     condemned: AtomicBool,
+    /// Something of it may live on, though its end was told: neither its dead shim's
+    /// `delete` nor the OCI runtime could end it.
+    left: AtomicBool,
     /// Set once, and then told.
     exit: OnceLock<Certificate>,
     /// The kernel's OOM killer struck, as a foreign shim's event said.
@@ -100,6 +106,11 @@ impl Task {
         self.killed.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
+    /// Whether it could not be ended when it was buried.
+    pub(crate) fn note_left(&self, left: bool) {
+        self.left.store(left, Ordering::SeqCst);
+    }
+
     pub(crate) fn is_condemned(&self) -> bool {
         self.condemned.load(Ordering::SeqCst)
     }
@@ -152,6 +163,7 @@ impl Inner {
         task.watched.store(true, Ordering::SeqCst);
         let (inner, pod, shim, task) = (self.clone(), pod.clone(), shim.clone(), task.clone());
         tokio::spawn(async move {
+            let mut refused = 0;
             loop {
                 let request = wire::WaitRequest { id: task.id.clone(), exec_id: String::new() };
                 match call(Duration::ZERO, shim.task().wait(Duration::ZERO, request)).await {
@@ -180,12 +192,20 @@ impl Inner {
                         if shim.is_dead() {
                             return;
                         }
-                        if let Err(e) = shim.reconnect().await
-                            && !shim.is_dead()
-                        {
-                            tracing::warn!(pod = pod.id, pid = shim.pid, error = %e, "the shim is killed: it lives, but can't be reached");
-                            shim.kill();
-                            return;
+                        match shim.reconnect().await {
+                            Ok(()) => refused = 0,
+                            Err(_) if shim.is_dead() => return,
+                            // Nobody listens any more. Anything else, such as want of
+                            // descriptors, passes.
+                            Err(e) if e.kind() == ErrorKind::Unavailable && refused >= REFUSALS => {
+                                tracing::warn!(pod = pod.id, pid = shim.pid, error = %e, "the shim is killed: it lives, but can't be reached");
+                                shim.kill();
+                                return;
+                            }
+                            Err(e) => {
+                                tracing::warn!(pod = pod.id, pid = shim.pid, error = %e, "the shim lives, but can't be reached");
+                                refused += u32::from(e.kind() == ErrorKind::Unavailable);
+                            }
                         }
                         // One that hangs up at once each time must cost no core.
                         tokio::time::sleep(WAIT_AGAIN).await;
@@ -302,13 +322,19 @@ impl Inner {
         }
         let bound = shim.timeouts().cleanup;
         let within = |e: Fault, what: &str| e.within(&format!("{what} container {id}"), bound);
+        let until = tokio::time::Instant::now() + shim.timeouts().create;
         let ended = loop {
             kill(shim, id, "", Signal::KILL, true, bound).await.map_err(|e| within(e, "kill"))?;
             let request = wire::WaitRequest { id: id.to_string(), exec_id: String::new() };
             match call(bound, shim.task().wait(bound, request)).await {
                 Ok(answer) => break answer,
                 // A foreign shim knows a container only once its Create has ended.
-                Err(e) if e.is_not_found() && !shim.own() && created(id, bound).await => {}
+                Err(e) if e.is_not_found() && !shim.own() && created(id, bound).await => {
+                    if tokio::time::Instant::now() > until {
+                        let what = format!("the call of the OCI runtime that makes container {id} does not end");
+                        return Err(Error::deadline(what).hint("it may hang in the kernel: look for state D in ps"));
+                    }
+                }
                 Err(e) if e.is_not_found() => {
                     let dir = self.layout.task(&pod.id, id);
                     if !shim.own() {
@@ -346,8 +372,10 @@ impl Inner {
     pub(super) async fn delete_task(self: &Arc<Self>, pod: &str, id: &str) -> Result<()> {
         let dir = self.layout.task(pod, id);
         let Some(entry) = self.find(pod) else {
-            if dir.exists() {
-                self.bury_task(pod, id).await;
+            if dir.exists()
+                && let Some(left) = self.bury_task(pod, id).await.left
+            {
+                return Err(left);
             }
             return blocking(move || bundle::remove_task(&dir)).await;
         };
@@ -355,13 +383,19 @@ impl Inner {
         if !task.as_ref().is_none_or(|t| t.is_made()) {
             return Err(Error::precondition(format!("delete container {id}: its task is being made")));
         }
-        if !self.delete_in_shim(&entry, id, task.as_deref()).await? && dir.exists() {
-            // No shim: what is not recorded yet ended with it.
-            if task.as_ref().is_none_or(|t| t.exit().is_none()) {
-                let buried = self.bury_task(pod, id).await;
-                if let Some(task) = &task {
-                    self.ended(&entry, task, buried.certificate);
-                }
+        let left = task.as_ref().is_some_and(|t| t.left.load(Ordering::SeqCst));
+        // No shim knows it; or there is none, and what is not recorded yet ended with it.
+        let unburied = left
+            || !self.delete_in_shim(&entry, id, task.as_deref()).await?
+                && task.as_ref().is_none_or(|t| t.exit().is_none());
+        if unburied && dir.exists() {
+            let buried = self.bury_task(pod, id).await;
+            if let Some(task) = &task {
+                task.note_left(buried.left.is_some());
+                self.ended(&entry, task, buried.certificate);
+            }
+            if let Some(left) = buried.left {
+                return Err(left);
             }
         }
         if let Some(task) = &task {
@@ -430,7 +464,10 @@ impl Inner {
         let request = wire::StateRequest { id: id.to_string(), exec_id: String::new() };
         let answer = match call(bound, shim.task().state(bound, request)).await {
             Ok(answer) => answer,
-            Err(Fault::Closed) => return Err(Fault::Closed.within(&what(), bound).with_kind(ErrorKind::NotFound)),
+            // Only with the shim are its containers gone.
+            Err(Fault::Closed) if shim.has_just_died().await => {
+                return Err(Fault::Closed.within(&what(), bound).with_kind(ErrorKind::NotFound));
+            }
             Err(e) => return Err(e.within(&what(), bound)),
         };
         let pid = answer.pid;
