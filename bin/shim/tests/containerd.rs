@@ -27,6 +27,8 @@ fn ctr_runs_execs_kills_and_removes() {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let out = c.ctr(&["task", "exec", "--exec-id", "e1", "d", "/bin/sh", "-c", "echo in; exit 5"]);
     assert_eq!((out.status.code(), out.stdout.as_slice()), (Some(5), &b"in\n"[..]));
+    let out = c.ctr_fed("fed\n", &["task", "exec", "--exec-id", "e0", "d", "/bin/cat"]);
+    assert_eq!((out.status.code(), out.stdout.as_slice()), (Some(0), &b"fed\n"[..]), "{out:?}");
     assert!(c.ok(&["task", "ls"]).contains("RUNNING"));
     c.ok(&["task", "pause", "d"]);
     assert!(c.ok(&["task", "ls"]).contains("PAUSED"));

@@ -4,8 +4,7 @@
 mod harness;
 
 use harness::common::{Bundle, Shape, sh};
-use harness::{Io, Shim, code};
-use proto::containerd::runc::v1::Options;
+use harness::{Io, Shim, code, pid_in, runtime_but_for};
 use proto::containerd::task::v3 as task;
 use proto::containerd::types::Mount;
 use std::path::{Path, PathBuf};
@@ -18,45 +17,6 @@ const SOON: Duration = Duration::from_secs(20);
 /// its pid in `pid`.
 fn runtime(dir: &Path, script: &str) -> PathBuf {
     runtime_but_for(dir, "create", script)
-}
-
-/// The same with another of its commands.
-fn runtime_but_for(dir: &Path, verb: &str, script: &str) -> PathBuf {
-    let path = dir.join("runtime");
-    let pid = dir.join("pid").display().to_string();
-    let text = format!(
-        "#!/bin/sh\nfor a in \"$@\"; do\n  if [ \"$a\" = {verb} ]; then echo $$ >{pid}.new; mv {pid}.new {pid}; {script}; fi\n\
-         done\nexec runc \"$@\"\n"
-    );
-    testkit::script(&path, text);
-    path
-}
-
-async fn create(shim: &Shim, b: &Bundle, binary: &Path, rootfs: Vec<Mount>) -> ttrpc::Result<u32> {
-    let options = Options {
-        root: b.runtime_root().display().to_string(),
-        binary_name: binary.display().to_string(),
-        ..Default::default()
-    };
-    let req = task::CreateTaskRequest {
-        id: b.id.clone(),
-        bundle: b.path().display().to_string(),
-        rootfs,
-        options: Some(proto::pack("containerd.runc.v1.Options", &options)),
-        ..Default::default()
-    };
-    shim.task.create(Duration::from_secs(120), req).await.map(|r| r.pid)
-}
-
-/// The pid in a file, once it is there.
-async fn pid_in(path: &Path) -> i32 {
-    for _ in 0..12_000 {
-        if let Some(pid) = std::fs::read_to_string(path).ok().and_then(|t| t.trim().parse().ok()) {
-            return pid;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    panic!("{} never appeared", path.display());
 }
 
 async fn gone(pid: i32) {
@@ -135,7 +95,7 @@ async fn killed_while_hanging(shim: &Shim, b: &Bundle, binary: &Path, sign: &Pat
         // What runs in the container's own pid namespace is missed by its cgroup.
         (!inside).then_some(pid)
     };
-    let (made, pid) = tokio::join!(create(shim, b, binary, vec![bind(b)]), killer);
+    let (made, pid) = tokio::join!(shim.create_by(b, binary, vec![bind(b)]), killer);
     let e = made.unwrap_err();
     assert_eq!(code(&e), ttrpc::Code::CANCELLED, "{e}");
     if let Some(pid) = pid {
@@ -169,7 +129,7 @@ async fn a_runtime_that_hangs_in_exec_is_ended_by_kill() {
     let b = Bundle::new(&Shape::default());
     let (binary, sign) = (runtime_but_for(b.path(), "exec", "sleep 1000 & wait"), b.path().join("pid"));
     let command = sh("exit 0");
-    create(&shim, &b, &binary, Vec::new()).await.unwrap();
+    shim.create_by(&b, &binary, Vec::new()).await.unwrap();
     shim.start_task(&b).await.unwrap();
     for _ in 0..2 {
         let killer = async {
@@ -207,7 +167,7 @@ async fn an_exec_that_is_killed_leaves_no_mount_of_the_runtime_s() {
         there.display()
     );
     let binary = runtime_but_for(b.path(), "exec", &script);
-    create(&shim, &b, &binary, Vec::new()).await.unwrap();
+    shim.create_by(&b, &binary, Vec::new()).await.unwrap();
     shim.start_task(&b).await.unwrap();
     let left = || {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -291,7 +251,7 @@ fn runtime_without_cgroups(dir: &Path) -> PathBuf {
 async fn kill_all_reaches_an_init_without_a_cgroup_of_its_own() {
     let shim = Shim::start().await;
     let b = Bundle::new(&Shape::default());
-    create(&shim, &b, &runtime_without_cgroups(b.path()), Vec::new()).await.unwrap();
+    shim.create_by(&b, &runtime_without_cgroups(b.path()), Vec::new()).await.unwrap();
     shim.start_task(&b).await.unwrap();
     let kill = || {
         let req = task::KillRequest { id: b.id.clone(), exec_id: String::new(), signal: 9, all: true };
@@ -324,7 +284,7 @@ async fn a_creation_that_outlives_its_shim_is_ended_by_delete() {
         } else {
             (hook(&b, kind), PathBuf::from("runc"))
         };
-        let made = create(&shim, &b, &binary, vec![bind(&b)]);
+        let made = shim.create_by(&b, &binary, vec![bind(&b)]);
         let killer = async {
             let pid = pid_in(&sign).await;
             sys::pidfd::PidFd::open(shim.pid).unwrap().signal(types::Signal::KILL).unwrap();
@@ -356,7 +316,7 @@ async fn while_all_turns_hang(shim: &Shim, then: impl Future<Output = ()>) {
         let all = hanging.iter().map(|b| {
             let binary = runtime(b.path(), "sleep 1000 & wait");
             Box::pin(async move {
-                let e = create(shim, b, &binary, Vec::new()).await.unwrap_err();
+                let e = shim.create_by(b, &binary, Vec::new()).await.unwrap_err();
                 assert_eq!(code(&e), ttrpc::Code::CANCELLED, "{e}");
             })
         });
@@ -388,7 +348,7 @@ async fn a_kill_overtakes_the_queue_for_the_runtime() {
             shim.kill(&last, "", 9).await.unwrap();
             assert!(began.elapsed() < SOON);
         };
-        let (made, ()) = tokio::join!(create(&shim, &last, Path::new("runc"), Vec::new()), killer);
+        let (made, ()) = tokio::join!(shim.create_by(&last, Path::new("runc"), Vec::new()), killer);
         assert_eq!(code(&made.unwrap_err()), ttrpc::Code::CANCELLED);
     };
     while_all_turns_hang(&shim, overtaking).await;

@@ -113,6 +113,8 @@ async fn last_words(cgroup: &Cgroup, mut oom: watch::Receiver<oom::Seen>, status
 pub(crate) struct Process {
     pub wanted: Wanted,
     pub io: Option<Io>,
+    /// Its input was closed before it had any.
+    stdin_closed: bool,
     pub child: Option<Arc<Child>>,
     pub exit: watch::Sender<Option<Certificate>>,
     /// The last signal that was sent through us.
@@ -136,7 +138,22 @@ impl Process {
 
     pub fn planned(wanted: Wanted) -> Self {
         let exit = watch::channel(None).0;
-        Self { wanted, io: None, child: None, exit, killed_by: None, spec: None, starting: None }
+        Self { wanted, io: None, stdin_closed: false, child: None, exit, killed_by: None, spec: None, starting: None }
+    }
+
+    /// It is there now, with its streams.
+    pub fn came_up(&mut self, child: Arc<Child>, mut io: Io) {
+        if self.stdin_closed {
+            io.close_stdin();
+        }
+        (self.child, self.io) = (Some(child), Some(io));
+    }
+
+    fn close_stdin(&mut self) {
+        self.stdin_closed = true;
+        if let Some(io) = &mut self.io {
+            io.close_stdin();
+        }
     }
 
     pub(crate) fn signal(&mut self, what: &str, signal: Signal) -> Result<()> {
@@ -298,11 +315,7 @@ impl Owner {
                 let _ = reply.send(self.resize(exec.as_deref(), width, height));
             }
             Msg::CloseStdin(exec, reply) => {
-                let _ = reply.send(self.process(exec.as_deref()).map(|p| {
-                    if let Some(io) = &mut p.io {
-                        io.close_stdin();
-                    }
-                }));
+                let _ = reply.send(self.process(exec.as_deref()).map(Process::close_stdin));
             }
             Msg::Update(resources, reply) => self.update(resources, reply),
             Msg::Pause(on, reply) => self.pause(on, Some(reply)),

@@ -70,8 +70,7 @@ impl Owner {
                 let pid = child.pid();
                 let child = Arc::new(child);
                 if let Some(p) = self.execs.get_mut(exec) {
-                    p.io = Some(io);
-                    p.child = Some(child.clone());
+                    p.came_up(child.clone(), io);
                     // It has come up as it was killed.
                     if !killers.is_empty() {
                         let _ = p.signal("an exec on its way up", Signal::KILL);

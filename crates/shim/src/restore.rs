@@ -3,7 +3,7 @@
 //! nothing runs before Start; until then init has no pid.
 
 use crate::checkpoint::criu;
-use crate::container::{Msg, Owner, Process, Reply};
+use crate::container::{Msg, Owner, Reply};
 use crate::streams::{Io, Prepared};
 use crate::{log, persist};
 use oci::cgroup::Cgroup;
@@ -89,10 +89,7 @@ impl Owner {
                 log::warn(format_args!("container {}: its cgroup is unknown: {e}", self.id));
                 Cgroup::default()
             });
-            let wanted = std::mem::take(&mut self.init.wanted);
-            // Those who wait for its exit already go on waiting.
-            let exit = self.init.exit.clone();
-            self.init = Process { io: Some(io), child: Some(Arc::new(child)), exit, ..Process::planned(wanted) };
+            self.init.came_up(Arc::new(child), io);
             self.watch_init();
             self.watch_oom();
         });

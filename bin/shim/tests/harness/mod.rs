@@ -10,6 +10,7 @@ use proto::containerd::events as ev;
 use proto::containerd::runc::v1::Options;
 use proto::containerd::services::events::ttrpc::v1::{Events, EventsClient, ForwardRequest, register_events};
 use proto::containerd::task::v3 as task;
+use proto::containerd::types::Mount;
 use proto::longshore_shim::LongshoreClient;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -125,6 +126,23 @@ impl Shim {
         self.task.create(CALL, req).await.map(|r| r.pid)
     }
 
+    /// The same by another runtime, with mounts for its root.
+    pub async fn create_by(&self, b: &Bundle, binary: &Path, rootfs: Vec<Mount>) -> ttrpc::Result<u32> {
+        let options = Options {
+            root: b.runtime_root().display().to_string(),
+            binary_name: binary.display().to_string(),
+            ..Default::default()
+        };
+        let req = task::CreateTaskRequest {
+            id: b.id.clone(),
+            bundle: b.path().display().to_string(),
+            rootfs,
+            options: Some(proto::pack("containerd.runc.v1.Options", &options)),
+            ..Default::default()
+        };
+        self.task.create(CALL, req).await.map(|r| r.pid)
+    }
+
     pub async fn start_task(&self, b: &Bundle) -> ttrpc::Result<u32> {
         self.task.start(CALL, task::StartRequest { id: b.id.clone(), exec_id: String::new() }).await.map(|r| r.pid)
     }
@@ -187,6 +205,30 @@ impl Drop for Shim {
             let _ = p.signal(types::Signal::KILL);
         }
     }
+}
+
+/// A runtime that is runc, but for `verb`, which does as `script` says before; it notes
+/// its pid in `pid`.
+pub fn runtime_but_for(dir: &Path, verb: &str, script: &str) -> PathBuf {
+    let path = dir.join("runtime");
+    let pid = dir.join("pid").display().to_string();
+    let text = format!(
+        "#!/bin/sh\nfor a in \"$@\"; do\n  if [ \"$a\" = {verb} ]; then echo $$ >{pid}.new; mv {pid}.new {pid}; {script}; fi\n\
+         done\nexec runc \"$@\"\n"
+    );
+    testkit::script(&path, text);
+    path
+}
+
+/// The pid in a file, once it is there.
+pub async fn pid_in(path: &Path) -> i32 {
+    for _ in 0..12_000 {
+        if let Some(pid) = std::fs::read_to_string(path).ok().and_then(|t| t.trim().parse().ok()) {
+            return pid;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("{} never appeared", path.display());
 }
 
 /// Waits until `holds`, a minute at most.

@@ -5,6 +5,7 @@
 mod common;
 
 use sha2::{Digest, Sha256};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -132,6 +133,16 @@ impl Containerd {
         let mut command = Command::new("ctr");
         command.arg("-a").arg(self.dir.path().join("c.sock")).args(["-n", &self.namespace]);
         command.args(args).stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// The same with a pipe for its input, which ends after `input`; a minute at most.
+    pub fn ctr_fed(&self, input: &str, args: &[&str]) -> Output {
+        let mut command = Command::new("timeout");
+        command.args(["60", "ctr", "-a"]).arg(self.dir.path().join("c.sock")).args(["-n", &self.namespace]);
+        let pipes = command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = pipes.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
     }
 
     pub fn ok(&self, args: &[&str]) -> String {
