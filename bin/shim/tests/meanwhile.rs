@@ -3,8 +3,8 @@
 
 mod harness;
 
-use harness::common::{Bundle, Shape};
-use harness::{CALL, Fifo, Io, Shim, pid_in, runtime_but_for};
+use harness::common::{Bundle, Shape, sh};
+use harness::{CALL, Fifo, Io, Shim, code, pid_in, runtime_but_for};
 use proto::containerd::task::v3 as task;
 use std::io::Write;
 
@@ -35,5 +35,27 @@ async fn input_that_is_closed_while_an_exec_starts_ends() {
     shim.delete(&b, "e").await.unwrap();
     shim.kill(&b, "", 9).await.unwrap();
     shim.wait(&b, "").await.unwrap();
+    shim.delete(&b, "").await.unwrap();
+}
+
+#[tokio::test]
+async fn an_exec_that_is_not_up_when_its_container_s_end_is_told_is_ended() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    shim.create_by(&b, &runtime_but_for(b.path(), "exec", "sleep 1000 & wait"), Vec::new()).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let killing = async {
+        let call = pid_in(&b.path().join("pid")).await;
+        shim.kill(&b, "", 9).await.unwrap();
+        assert_eq!(shim.wait(&b, "").await.unwrap(), 137, "after the bound");
+        call
+    };
+    let command = sh("exit 0");
+    let (started, call) = tokio::join!(shim.exec(&b, "e", &command, Io::default()), killing);
+    let e = started.unwrap_err();
+    assert!(code(&e) == ttrpc::Code::FAILED_PRECONDITION && e.to_string().contains("init has exited"), "{e}");
+    assert!(!std::path::Path::new(&format!("/proc/{call}")).exists(), "the call of the runtime goes on");
+    let seen = shim.events_until(&b, "/tasks/exit").await;
+    assert!(seen.iter().all(|s| s.0 != "/tasks/exec-started"), "{seen:?}");
     shim.delete(&b, "").await.unwrap();
 }

@@ -417,6 +417,10 @@ impl Owner {
                 }
                 Action::ExecFailed(exec, exit) => {
                     if let Some(p) = self.execs.get_mut(&exec) {
+                        // Nobody waits for its start any longer: the bound has passed.
+                        if let Some(starting) = &p.starting {
+                            starting.abort.send_replace(true);
+                        }
                         p.exit.send_replace(Some(exit));
                     }
                 }

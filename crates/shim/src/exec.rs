@@ -58,12 +58,18 @@ impl Owner {
         let tx = self.tx.clone();
         tokio::spawn(async move {
             let result = job.run().await;
-            let _ = tx.send(Msg::ExecStarted(exec, result, reply));
+            if let Err(unsent) = tx.send(Msg::ExecStarted(exec, result, reply))
+                && let Msg::ExecStarted(_, Ok((child, _)), _) = unsent.0
+            {
+                // Its container is gone.
+                let _ = child.signal(Signal::KILL);
+            }
         });
     }
 
     pub(crate) fn exec_started(&mut self, exec: &str, result: Result<(Child, Io)>, reply: Reply<i32>) {
         let now = SystemTime::now();
+        let given_up = !self.machine.is_starting(exec);
         let killers = self.execs.get_mut(exec).and_then(|p| p.starting.take()).map(|s| s.killers).unwrap_or_default();
         let answer = match result {
             Ok((child, io)) => {
@@ -98,6 +104,12 @@ impl Owner {
         for killer in killers {
             let _ = killer.send(Ok(()));
         }
+        let answer = if given_up {
+            let text = format!("exec {exec} of container {}: init has exited and the exec was not up yet", self.id);
+            Err(Error::precondition(text))
+        } else {
+            answer
+        };
         let _ = reply.send(answer);
     }
 
