@@ -63,16 +63,18 @@ pub fn kind(message: &str) -> ErrorKind {
         (&["permission denied", "operation not permitted"], ErrorKind::PermissionDenied),
         (&["no space left on device", "cannot allocate memory"], ErrorKind::ResourceExhausted),
     ];
-    // A command that is missing in the image is the caller's fault, not a
-    // missing container, though runc's words for it end the same way.
     let lower = message.to_ascii_lowercase();
-    if lower.contains("executable file not found") || lower.contains("exec: ") || lower.contains("exec failed") {
-        return ErrorKind::InvalidArgument;
+    let has = |words: &[&str]| words.iter().any(|w| lower.contains(w));
+    // A command that is missing in the image is the caller's fault, not a
+    // missing container, though runc's words for it end the same way. Its "exec failed: "
+    // says no more than which call it was.
+    let command = has(&["executable file not found", "exec: "]);
+    let known = TABLE.iter().filter(|(_, kind)| !(command && *kind == ErrorKind::NotFound));
+    match known.into_iter().find(|(words, _)| has(words)) {
+        Some((_, kind)) => *kind,
+        None if command || has(&["exec failed"]) && has(&["no such file"]) => ErrorKind::InvalidArgument,
+        None => ErrorKind::Internal,
     }
-    TABLE
-        .iter()
-        .find(|(words, _)| words.iter().any(|w| lower.contains(w)))
-        .map_or(ErrorKind::Internal, |(_, kind)| *kind)
 }
 
 #[cfg(test)]
@@ -111,6 +113,27 @@ mod tests {
                 "runc create failed: unable to start container process: exec: \"nope\": executable file not found in $PATH",
                 ErrorKind::InvalidArgument,
             ),
+            (
+                "exec failed: unable to start container process: exec: \"nope\": executable file not found in $PATH",
+                ErrorKind::InvalidArgument,
+            ),
+            (
+                "exec failed: unable to start container process: exec: \"/x\": stat /x: no such file or directory",
+                ErrorKind::InvalidArgument,
+            ),
+            (
+                "exec failed: chdir to cwd (\"/x\") set in config.json failed: no such file or directory",
+                ErrorKind::InvalidArgument,
+            ),
+            ("exec failed: exec: \"/x\": the file does not exist", ErrorKind::InvalidArgument),
+            ("exec failed: cannot exec in a stopped container", ErrorKind::FailedPrecondition),
+            ("exec failed: container does not exist", ErrorKind::NotFound),
+            (
+                "exec failed: unable to start: fork/exec /proc/self/exe: cannot allocate memory",
+                ErrorKind::ResourceExhausted,
+            ),
+            ("exec failed: write /run/x: no space left on device", ErrorKind::ResourceExhausted),
+            ("exec failed: something else", ErrorKind::Internal),
             ("something else", ErrorKind::Internal),
         ] {
             assert_eq!(kind(text), want, "{text}");
