@@ -52,8 +52,8 @@ pub const SHORT: Duration = Duration::from_secs(20);
 
 /// How long a call that is to be killed, and what it has borne, may take to stop.
 const STOPS: Duration = Duration::from_secs(1);
-/// How long they may take to die.
-const DEATHS: Duration = Duration::from_secs(5);
+/// How long what was killed may take to die.
+pub const DEATHS: Duration = Duration::from_secs(5);
 
 impl Config {
     /// Defaults for a binary: its own state directory, 60 s for the longest calls.
@@ -191,7 +191,11 @@ impl Command {
             Err(e) => {
                 let gone = self.kill_all(&child).await;
                 let _ = std::fs::remove_file(&log);
-                return Err(if gone { e } else { e.hint("what it had begun was killed and hangs") });
+                return Err(if gone {
+                    e
+                } else {
+                    e.hint(format!("it or what it had begun was killed and has not died within {} s", DEATHS.as_secs()))
+                });
             }
         };
         // Only failures are of interest; a file that isn't there says nothing.
@@ -201,7 +205,8 @@ impl Command {
     }
 
     /// Kills a call that has not been reaped yet, with all that it has borne, and awaits
-    /// their deaths. False where one of them does not die.
+    /// their deaths. False where one of them does not die, in a disk's wait say: once it
+    /// does, the call is the sweeper's.
     async fn kill_all(&self, call: &Child) -> bool {
         let (pid, victims) = (call.pid(), self.victims.clone());
         let killed = tokio::task::spawn_blocking(move || {
@@ -213,13 +218,11 @@ impl Command {
         });
         let killed = killed.await.unwrap_or_default();
         let _ = call.signal(Signal::KILL);
-        call.wait().await;
+        let until = Instant::now() + DEATHS;
+        let ended = tokio::time::timeout(DEATHS, call.wait()).await.is_ok();
         // What they were about to make would come after whoever takes it away.
-        let gone = move || {
-            let until = Instant::now() + DEATHS;
-            killed.iter().all(|p| p.ended_within(until.saturating_duration_since(Instant::now())))
-        };
-        tokio::task::spawn_blocking(gone).await.unwrap_or(false)
+        let gone = move || killed.iter().all(|p| p.ended_within(until.saturating_duration_since(Instant::now())));
+        ended && tokio::task::spawn_blocking(gone).await.unwrap_or(false)
     }
 
     /// The same, but anything other than 0 is a failure: it names the call and has

@@ -21,7 +21,7 @@ pub mod mounts;
 pub mod oom;
 
 pub use children::{Call, Child, Children, Claim, Status, ended};
-pub use command::{Command, Config, Unfinished, kill_call, remove_own_binary, unfinished_calls};
+pub use command::{Command, Config, DEATHS, Unfinished, kill_call, remove_own_binary, unfinished_calls};
 pub use detect::{Found, detect, find_binary};
 pub use message::{kind as kind_of, last_error};
 

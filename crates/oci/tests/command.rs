@@ -151,6 +151,59 @@ async fn a_call_that_is_given_up_ends_at_once_with_its_children() {
     assert!(stat.is_empty() || stat.contains(") Z "), "the call's child lives on: {stat}");
 }
 
+/// A cgroup of v1's freezer: what is frozen in it does not die, as in a disk's wait.
+struct Freezer(std::path::PathBuf);
+
+impl Freezer {
+    fn thaw(&self) {
+        let _ = std::fs::write(self.0.join("freezer.state"), "THAWED");
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        self.thaw();
+        for _ in 0..600 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_does_not_die_keeps_its_caller_for_a_while_only() {
+    let _turn = TURN.lock().await;
+    let freezer = Freezer(format!("/sys/fs/cgroup/freezer/lsh-test-{}", std::process::id()).into());
+    if !Path::new("/sys/fs/cgroup/freezer/cgroup.procs").exists() || std::fs::create_dir(&freezer.0).is_err() {
+        eprintln!("skipped: this node has no freezer of cgroups v1");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let script = format!("echo $$ >{0}/cgroup.procs; echo FROZEN >{0}/freezer.state; sleep 1000", freezer.0.display());
+    let config = runtime(dir.path(), &script).config().clone();
+    let children = Children::new();
+    let r = Command::new(Config { deadline: Duration::from_secs(600), ..config }, children.clone());
+    let (abort, given_up) = tokio::sync::watch::channel(false);
+    let r = r.until(given_up, |_| {});
+    let seen = async {
+        while std::fs::read_to_string(freezer.0.join("freezer.state")).unwrap().trim() != "FROZEN" {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        abort.send(true).unwrap();
+    };
+    let began = Instant::now();
+    let (e, ()) = tokio::join!(r.create("web", dir.path(), launch(dir.path())), seen);
+    let e = e.unwrap_err();
+    assert!(e.kind() == ErrorKind::Cancelled && e.to_string().contains("not died within"), "{e}");
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    freezer.thaw();
+    while children.sweep().unwrap() == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 /// One that bears children without end, none of them in its group.
 #[tokio::test]
 async fn no_child_escapes_that_a_call_bears_while_it_is_killed() {

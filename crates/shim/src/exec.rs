@@ -262,7 +262,8 @@ impl Job {
             Ok(io) => Ok((child, io)),
             Err(e) => {
                 let _ = child.signal(Signal::KILL);
-                child.wait().await;
+                // It may hang; the sweeper has it then.
+                let _ = tokio::time::timeout(oci::DEATHS, child.wait()).await;
                 Err(e)
             }
         }
