@@ -9,12 +9,13 @@
 //! Kill. What may be done is decided by `state.rs`; the owner carries it out.
 
 use crate::events::Event;
+use crate::exit::Last;
 use crate::persist::TaskRecord;
 use crate::restore::Restoring;
 use crate::shared::Shared;
 use crate::state::{Action, Machine, View};
 use crate::streams::{Habits, Io, Wanted};
-use crate::{log, oom, persist, wire};
+use crate::{log, oom, wire};
 use oci::cgroup::Cgroup;
 use oci::{Child, Command, Runtime, Status};
 use proto::containerd::events as ev;
@@ -29,11 +30,6 @@ use types::{Certificate, Error, Result, Signal};
 const BOUND: Duration = Duration::from_secs(10);
 /// After what time the processes that are left are killed once more.
 const KILL_AGAIN: Duration = Duration::from_millis(100);
-/// How long the watch on the OOM killer is asked for an init that was killed and whose
-/// cgroup is gone; its last look is at most 118 ms after the killer's first word.
-const OOM_BOUND: Duration = Duration::from_millis(250);
-/// How long a log may take to be complete before the exit is told all the same.
-const LOG_BOUND: Duration = Duration::from_millis(250);
 /// How long Delete waits for the last bytes of a process that has ended.
 pub(crate) const DRAIN: Duration = Duration::from_millis(500);
 
@@ -64,11 +60,21 @@ pub(crate) enum Msg {
     Start(Option<String>, Reply<i32>),
     Exec(NewExec, Reply<()>),
     Delete(Option<String>, Reply<(i32, Certificate)>),
-    Kill { exec: Option<String>, signal: Signal, all: bool, reply: Reply<()> },
+    Kill {
+        exec: Option<String>,
+        signal: Signal,
+        all: bool,
+        reply: Reply<()>,
+    },
     State(Option<String>, Reply<Seen>),
     Wait(Option<String>, Reply<Exited>),
     Pids(Reply<Vec<(i32, Option<String>)>>),
-    Resize { exec: Option<String>, width: u32, height: u32, reply: Reply<()> },
+    Resize {
+        exec: Option<String>,
+        width: u32,
+        height: u32,
+        reply: Reply<()>,
+    },
     CloseStdin(Option<String>, Reply<()>),
     Update(Vec<u8>, Reply<()>),
     Pause(bool, Reply<()>),
@@ -81,6 +87,8 @@ pub(crate) enum Msg {
     InitStarted(Result<()>, Reply<i32>),
     Restored(Result<(Child, Io)>, Reply<i32>),
     ExecStarted(String, Result<(Child, Io)>, Reply<i32>),
+    /// Init has ended; `Reaped` comes with the same once its log is complete.
+    Ended(Status, Last),
     Reaped(Status, Last),
     ExecReaped(String, Status),
     Bound,
@@ -88,25 +96,6 @@ pub(crate) enum Msg {
     PauseDone(bool, Result<()>, Option<Reply<()>>),
     Deleted(Result<()>),
     OomKill(u64),
-}
-
-/// What init's cgroup said when init had just ended.
-pub(crate) struct Last {
-    oom_kills: u64,
-    peak_memory: Option<u64>,
-}
-
-/// Looks at once: systemd removes the cgroup of a scope as soon as nobody is in it.
-/// Where that has happened already, the watch on the OOM killer may know more.
-async fn last_words(cgroup: &Cgroup, mut oom: watch::Receiver<oom::Seen>, status: Status) -> Last {
-    let mut last = Last { oom_kills: cgroup.oom_kills(), peak_memory: cgroup.peak_memory() };
-    if last.oom_kills == 0 && status.status == types::ExitStatus::Signal(9) && !cgroup.exists() {
-        let told = oom.wait_for(|seen| seen.kills > 0 || seen.gone);
-        if let Ok(Ok(seen)) = tokio::time::timeout(OOM_BOUND, told).await {
-            last.oom_kills = seen.kills;
-        }
-    }
-    last
 }
 
 /// A process of the container.
@@ -182,6 +171,8 @@ pub(crate) struct Owner {
     pub(crate) record: TaskRecord,
     pub(crate) tx: Handle,
     pub(crate) dying_since: Option<Instant>,
+    /// Init's death certificate, as it has been written.
+    pub(crate) certified: Option<Certificate>,
     /// How many strikes of the OOM killer have been published.
     pub(crate) oom_told: u64,
     /// What the watch on the OOM killer has seen.
@@ -224,6 +215,7 @@ impl Owner {
             record,
             tx: tx.clone(),
             dying_since: None,
+            certified: None,
             oom_told: 0,
             oom_seen: watch::channel(oom::Seen::default()).0,
             restoring,
@@ -233,19 +225,6 @@ impl Owner {
         owner.watch_oom();
         shared.fill(id, tx);
         tokio::spawn(owner.run(rx));
-    }
-
-    pub(crate) fn watch_init(&self) {
-        let (Some(child), Some(io)) = (self.init.child.clone(), self.init.io.as_ref()) else { return };
-        let (tx, logged) = (self.tx.clone(), io.logged());
-        let (cgroup, oom) = (self.cgroup.clone(), self.oom_seen.subscribe());
-        tokio::spawn(async move {
-            let status = child.wait().await;
-            let last = last_words(&cgroup, oom, status).await;
-            // Whoever reads the log after the exit shall find all of it.
-            let _ = tokio::time::timeout(LOG_BOUND, logged).await;
-            let _ = tx.send(Msg::Reaped(status, last));
-        });
     }
 
     pub(crate) fn watch_oom(&self) {
@@ -333,7 +312,8 @@ impl Owner {
             Msg::InitStarted(result, reply) => self.init_started(result, reply),
             Msg::Restored(result, reply) => self.restored(result, reply),
             Msg::ExecStarted(exec, result, reply) => self.exec_started(&exec, result, reply),
-            Msg::Reaped(status, last) => self.init_reaped(status, &last),
+            Msg::Ended(status, last) => drop(self.certify(status, last)),
+            Msg::Reaped(status, last) => self.init_reaped(status, last),
             Msg::ExecReaped(exec, status) => self.exec_reaped(&exec, status),
             Msg::Bound => {
                 let actions = self.machine.bound_passed(SystemTime::now());
@@ -485,42 +465,10 @@ impl Owner {
     }
 
     /// Publishes TaskOOM once per strike, whoever has noticed it first.
-    fn tell_oom(&mut self, kills: u64) {
+    pub(crate) fn tell_oom(&mut self, kills: u64) {
         if kills > self.oom_told {
             self.oom_told = kills;
             self.shared.events.publish(&Event::Oom(ev::TaskOom { container_id: self.id.clone() }));
         }
-    }
-
-    fn init_reaped(&mut self, status: Status, last: &Last) {
-        self.tell_oom(last.oom_kills);
-        let oom = self.oom_told > 0;
-        let exit = Certificate {
-            oom_killed: oom,
-            oom_cgroup: oom.then(|| self.cgroup.name()).flatten(),
-            killed_by: killed_by(self.init.killed_by, status),
-            peak_memory: last.peak_memory,
-            ..crate::state::plain(status.status, status.at)
-        };
-        // On disk before anybody hears of it.
-        if let Err(e) = persist::write_exit(&self.bundle, &exit) {
-            log::warn(format_args!("container {}: {e}", self.id));
-        }
-        let actions = self.machine.init_reaped(exit);
-        self.apply(actions);
-    }
-
-    fn exec_reaped(&mut self, exec: &str, status: Status) {
-        let sent = self.execs.get(exec).and_then(|p| p.killed_by);
-        let exit = Certificate { killed_by: killed_by(sent, status), ..crate::state::plain(status.status, status.at) };
-        let actions = self.machine.exec_reaped(exec, exit);
-        self.apply(actions);
-    }
-}
-
-fn killed_by(sent: Option<Signal>, status: Status) -> Option<String> {
-    match (sent, status.status) {
-        (Some(s), types::ExitStatus::Signal(n)) if s.number() == n => Some(format!("Kill ({s})")),
-        _ => None,
     }
 }

@@ -19,18 +19,29 @@ use types::{Error, ErrorKind, ExitStatus, Result};
 /// Everything that could not be cleaned up; it goes on to the end first.
 pub async fn delete(id: &str, bundle: &Path) -> Result<Vec<u8>> {
     let mut errors = Vec::new();
-    match persist::read_task(bundle) {
-        Ok(record) => clean(id, bundle, &record, &mut errors).await,
+    let record = persist::read_task(bundle);
+    match &record {
+        Ok(record) => clean(id, bundle, record, &mut errors).await,
         Err(e) if e.is_not_found() => {}
-        Err(e) => errors.push(e),
+        Err(e) => errors.push(e.copy()),
     }
-    let exit = persist::read_exit(bundle).unwrap_or_else(|e| {
-        if e.kind() != ErrorKind::NotFound {
-            log::warn(&e);
-        }
-        crate::state::plain(ExitStatus::Signal(9), SystemTime::now())
-    });
     Error::join(&format!("clean up container {id}"), errors)?;
+    let exit = match persist::read_exit(bundle) {
+        Ok(exit) => exit,
+        Err(e) => {
+            if e.kind() != ErrorKind::NotFound {
+                log::warn(&e);
+            }
+            let exit = crate::state::plain(ExitStatus::Signal(9), SystemTime::now());
+            // Who asks once more, its first answer being lost, hears of the same time.
+            if record.is_ok()
+                && let Err(e) = persist::write_exit(bundle, &exit)
+            {
+                log::warn(format_args!("container {id}: {e}"));
+            }
+            exit
+        }
+    };
     let response = DeleteResponse {
         pid: persist::read_pid(bundle).map_or(0, wire::pid),
         exit_status: wire::exit_status(exit.status),

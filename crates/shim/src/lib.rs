@@ -4,7 +4,7 @@
 //! service.rs, sandbox.rs, private.rs  ttrpc: validate, ask the owner, answer
 //! setup.rs                 Create, from request to owner
 //! container.rs             the owner: carries out what is decided
-//! exec.rs, control.rs, checkpoint.rs, restore.rs  the rest of what is asked of it
+//! exec.rs, exit.rs, control.rs, checkpoint.rs, restore.rs  the rest of what is asked of it
 //! state.rs                 what may be done and what follows (pure)
 //! streams.rs               URIs to descriptors, through `stdio`
 //! oom.rs stats.rs          the container's cgroups
@@ -22,6 +22,7 @@ mod control;
 mod delete;
 mod events;
 mod exec;
+mod exit;
 mod info;
 pub mod log;
 mod oom;
