@@ -169,16 +169,12 @@ fn mount_one(rootfs: &Path, m: &Mount) -> Result<()> {
     if p.data.iter().any(|o| o.starts_with("X-") || o.starts_with("x-")) {
         return Err(Error::unimplemented(format!("{}: option {:?} is not served", what(), p.data)));
     }
-    if p.bind.is_some() || m.kind == "bind" {
+    let bind = p.bind.is_some() || m.kind == "bind";
+    if bind {
         match &namespace {
             Some(namespace) => sys::mount::bind_idmapped(Path::new(&m.source), root, namespace.as_fd())?,
             None if p.bind == Some(true) => mount_bind_recursive(&m.source, root).context(what)?,
             None => mount_bind(&m.source, root).context(what)?,
-        }
-        if !p.flags.is_empty() {
-            // The descriptor is below the mount: found anew, it is the mount itself.
-            let (mounted, _held) = place(rootfs, &m.target)?;
-            mount_remount(&mounted, p.flags | MountFlags::BIND, c"").context(what)?;
         }
     } else {
         // The mount holds the device, which frees itself with its last user.
@@ -204,11 +200,28 @@ fn mount_one(rootfs: &Path, m: &Mount) -> Result<()> {
             .context(what)?,
         }
     }
-    if let Some(propagation) = p.propagation {
-        let (mounted, _held) = place(rootfs, &m.target)?;
-        mount_change(&mounted, propagation).context(what)?;
+    // The descriptor is below the mount: found anew, it is the mount itself.
+    let (mounted, held) = place(rootfs, &m.target)?;
+    or_unmount(&mounted, held.is_some(), || {
+        if bind && !p.flags.is_empty() {
+            mount_remount(&mounted, p.flags | MountFlags::BIND, c"").context(what)?;
+        }
+        match p.propagation {
+            Some(propagation) => mount_change(&mounted, propagation).context(what),
+            None => Ok(()),
+        }
+    })
+}
+
+/// Takes a mount off again if what is still to be done to it fails: nobody else knows of it.
+/// `through`: the path is a link to it, by a descriptor of ours.
+fn or_unmount(mounted: &Path, through: bool, then: impl FnOnce() -> Result<()>) -> Result<()> {
+    let Err(e) = then() else { return Ok(()) };
+    let follow = if through { UnmountFlags::empty() } else { UnmountFlags::NOFOLLOW };
+    match unmount(mounted, UnmountFlags::DETACH | follow) {
+        Ok(()) => Err(e),
+        Err(left) => Err(e.hint(format!("and it could not be taken off again: {left}"))),
     }
-    Ok(())
 }
 
 /// Puts mapped layers in the place of an overlay's lower ones. The upper one is
@@ -379,6 +392,23 @@ mod tests {
         assert_eq!(std::fs::read_dir(&root).unwrap().count(), 100);
         unmount_rootfs(&root, 5).unwrap();
         assert_eq!(std::fs::read_dir(&root).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_mount_whose_second_step_fails_is_taken_off() {
+        let (dir, source) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let root = dir.path().join("rootfs");
+        std::fs::create_dir_all(source.path().join("inside")).unwrap();
+        for target in ["", "inside"] {
+            let all = [bind_mount(source.path().to_str().unwrap(), ""), bind_mount("/proc", target)];
+            mount_rootfs(&root, &all).unwrap();
+            let (mounted, held) = place(&root, target).unwrap();
+            let e = or_unmount(&mounted, held.is_some(), || Err(Error::internal("second step"))).unwrap_err();
+            assert!(e.to_string().ends_with("second step"), "{e}");
+            assert!(root.join("inside").is_dir() && !root.join(target).join("self").exists(), "{target:?}");
+            unmount_rootfs(&root, 2).unwrap();
+        }
+        assert_eq!(unmount(&root, UnmountFlags::DETACH), Err(Errno::INVAL));
     }
 
     #[test]
