@@ -1,10 +1,13 @@
 //! A container's cgroups: where they are, who is in them, whether the OOM killer
 //! struck. Both versions, and the hybrid of the two.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use sys::pidfd::PidFd;
 use types::{Error, Result, ResultExt, Signal};
+
+/// How many processes are held at a time while they are sent a signal: a descriptor each.
+const AT_ONCE: usize = 256;
 
 /// Where a container's cgroups are.
 #[derive(Debug, Clone, Default)]
@@ -167,15 +170,7 @@ impl Cgroup {
 
     /// Sends a signal to each of them but `except`; returns how many it found.
     pub fn signal_others(&self, signal: Signal, except: i32) -> usize {
-        let mut found = 0;
-        for pid in self.processes().into_iter().filter(|pid| *pid != except) {
-            // Opened first and looked at again: the number may have moved on.
-            let Ok(p) = PidFd::open(pid) else { continue };
-            if self.processes().contains(&pid) && p.signal(signal).is_ok() {
-                found += 1;
-            }
-        }
-        found
+        signal_members(|| self.processes(), signal, except)
     }
 
     /// Kills all of them until none is left or `rounds` looks have been taken;
@@ -202,13 +197,7 @@ impl Cgroup {
                 walk(dir, &mut pids, 0);
                 pids
             };
-            for pid in members() {
-                // Opened first and looked at again: the number may have moved on.
-                let Ok(p) = PidFd::open(pid) else { continue };
-                if members().contains(&pid) {
-                    let _ = p.signal(Signal::KILL);
-                }
-            }
+            signal_members(members, Signal::KILL, 0);
         }
     }
 
@@ -246,6 +235,19 @@ impl Cgroup {
     pub fn name(&self) -> Option<String> {
         self.v2().or_else(|| self.v1("memory")).map(|p| p.display().to_string())
     }
+}
+
+/// Sends a signal to each of `members` but `except`; returns how many it found.
+fn signal_members(members: impl Fn() -> Vec<i32>, signal: Signal, except: i32) -> usize {
+    let all: Vec<i32> = members().into_iter().filter(|pid| *pid != except).collect();
+    let mut found = 0;
+    for some in all.chunks(AT_ONCE) {
+        // Opened first and looked at again: the number may have moved on.
+        let held: Vec<PidFd> = some.iter().filter_map(|pid| PidFd::open(*pid).ok()).collect();
+        let still: HashSet<i32> = members().into_iter().collect();
+        found += held.iter().filter(|p| still.contains(&p.pid()) && p.signal(signal).is_ok()).count();
+    }
+    found
 }
 
 fn remove(dir: &Path, depth: usize) -> Result<()> {
@@ -293,6 +295,28 @@ pub fn number(path: &Path) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_are_signalled_with_few_looks_and_only_those_that_stay() {
+        let children: Vec<_> =
+            (0..4).map(|_| std::process::Command::new("sleep").arg("1000").spawn().unwrap()).collect();
+        let pids: Vec<i32> = children.iter().map(|c| i32::try_from(c.id()).unwrap()).collect();
+        let looks = std::cell::Cell::new(0);
+        let members = || {
+            looks.set(looks.get() + 1);
+            // The last one leaves after the first look.
+            if looks.get() == 1 { pids.clone() } else { pids[..3].to_vec() }
+        };
+        assert_eq!(signal_members(members, Signal::KILL, pids[0]), 2);
+        assert_eq!(looks.get(), 2);
+        for (n, mut child) in children.into_iter().enumerate() {
+            if matches!(n, 0 | 3) {
+                assert!(child.try_wait().unwrap().is_none(), "{n}");
+                child.kill().unwrap();
+            }
+            child.wait().unwrap();
+        }
+    }
 
     const V1: &str = "32 31 0:29 / /sys/fs/cgroup/memory rw shared:1 - cgroup cgroup rw,memory\n\
         33 31 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n\
