@@ -198,3 +198,63 @@ async fn a_restore_that_fails_leaves_nothing() {
     let known = std::fs::read_dir(b.runtime_root().join("test")).map_or(0, Iterator::count);
     assert_eq!(known, 0, "the runtime knows nothing of it");
 }
+
+/// A shim that finds a criu, whatever is installed: nothing here comes to call it.
+async fn with_criu(programs: &Path) -> Shim {
+    testkit::script(&programs.join("criu"), "#!/bin/sh\nexit 1\n");
+    Shim::start_with(proto::TASK_SERVICES[0], Some(programs)).await
+}
+
+#[tokio::test]
+async fn a_container_is_killed_before_and_while_it_is_restored() {
+    let programs = tempfile::tempdir().unwrap();
+    let shim = with_criu(programs.path()).await;
+    let b = Bundle::new(&Shape::default());
+    let image = b.path().join("image");
+    std::fs::create_dir(&image).unwrap();
+    let binary = harness::runtime_but_for(b.path(), "restore", "sleep 1000 & wait");
+    for started in [false, true] {
+        shim.events.seen.lock().unwrap().clear();
+        shim.task.create(CALL, from_checkpoint(&b, &binary, &image, "")).await.unwrap();
+        let term = shim.kill(&b, "", 15).await.unwrap_err();
+        assert_eq!(code(&term), ttrpc::Code::FAILED_PRECONDITION, "there is nobody to hear it, and it is not gone");
+        if started {
+            let killing = async {
+                let call = harness::pid_in(&b.path().join("pid")).await;
+                shim.kill(&b, "", 9).await.unwrap();
+                assert!(!Path::new(&format!("/proc/{call}")).exists(), "the call of the runtime goes on");
+            };
+            let (start, ()) = tokio::join!(shim.start_task(&b), killing);
+            assert_eq!(code(&start.unwrap_err()), ttrpc::Code::CANCELLED);
+        } else {
+            shim.kill(&b, "", 9).await.unwrap();
+        }
+        assert_eq!(shim.wait(&b, "").await.unwrap(), 137);
+        assert_eq!(code(&shim.kill(&b, "", 9).await.unwrap_err()), ttrpc::Code::NOT_FOUND);
+        assert_eq!(code(&shim.start_task(&b).await.unwrap_err()), ttrpc::Code::FAILED_PRECONDITION);
+        assert_eq!(shim.delete(&b, "").await.unwrap(), 137);
+        let seen = shim.events_until(&b, "/tasks/delete").await;
+        let topics: Vec<&str> = seen.iter().map(|s| s.0.as_str()).collect();
+        assert_eq!(topics, ["/tasks/create", "/tasks/exit", "/tasks/delete"]);
+    }
+    let known = std::fs::read_dir(b.runtime_root().join("test")).map_or(0, Iterator::count);
+    assert_eq!(known, 0, "the runtime knows nothing of it");
+}
+
+#[tokio::test]
+async fn input_that_is_closed_before_a_restore_ends() {
+    let programs = tempfile::tempdir().unwrap();
+    let shim = with_criu(programs.path()).await;
+    let b = Bundle::new(&Shape { args: vec!["/bin/cat".into()], ..Shape::default() });
+    let (image, input) = (b.path().join("image"), b.path().join("i"));
+    std::fs::create_dir(&image).unwrap();
+    stdio::fifo::make(&input).unwrap();
+    let req = from_checkpoint(&b, &restorer(b.path()), &image, "");
+    shim.task.create(CALL, task::CreateTaskRequest { stdin: input.display().to_string(), ..req }).await.unwrap();
+    let close = task::CloseIoRequest { id: b.id.clone(), exec_id: String::new(), stdin: true };
+    shim.task.close_io(CALL, close).await.unwrap();
+    shim.start_task(&b).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(60), shim.wait(&b, "")).await;
+    assert_eq!(ended.expect("cat sees the end of its input").unwrap(), 0);
+    shim.delete(&b, "").await.unwrap();
+}

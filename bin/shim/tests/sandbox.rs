@@ -4,7 +4,7 @@
 mod harness;
 
 use harness::common::{Bundle, Shape, sh};
-use harness::{CALL, Io, Shim, code, connect};
+use harness::{CALL, Io, Shim, code, connect, pid_in, runtime_but_for};
 use proto::containerd::runtime::sandbox::v1 as api;
 use proto::containerd::task::v3 as task;
 use std::time::Duration;
@@ -86,4 +86,24 @@ async fn a_shim_that_ends_answers_who_waits_and_takes_nothing_more() {
     assert!(wait.await.unwrap().unwrap().exited_at.is_some());
     let late = task::CreateTaskRequest { id: "late".into(), bundle: "/b".into(), ..Default::default() };
     assert!(shim.task.create(CALL, late).await.is_err());
+}
+
+#[tokio::test]
+async fn a_sandbox_that_is_stopped_has_no_container_on_its_way_up() {
+    let shim = Shim::start().await;
+    let client = connect(&shim.dir.path().join("s/shim.sock")).await;
+    let s = api::SandboxClient::new(client, api::SandboxClient::SERVICE);
+    s.create_sandbox(CALL, api::CreateSandboxRequest { sandbox_id: "pod".into(), ..Default::default() }).await.unwrap();
+    s.start_sandbox(CALL, api::StartSandboxRequest { sandbox_id: "pod".into() }).await.unwrap();
+    let b = Bundle::new(&Shape::default());
+    let binary = runtime_but_for(b.path(), "create", "sleep 1000 & wait");
+    let stopping = async {
+        let call = pid_in(&b.path().join("pid")).await;
+        s.stop_sandbox(CALL, api::StopSandboxRequest { sandbox_id: "pod".into(), timeout_secs: 60 }).await.unwrap();
+        assert!(!std::path::Path::new(&format!("/proc/{call}")).exists(), "the call of the runtime goes on");
+    };
+    let (made, ()) = tokio::join!(shim.create_by(&b, &binary, Vec::new()), stopping);
+    assert_eq!(code(&made.unwrap_err()), ttrpc::Code::CANCELLED);
+    let late = shim.create(&b, Io::default()).await.unwrap_err();
+    assert!(code(&late) == ttrpc::Code::FAILED_PRECONDITION && late.to_string().contains("stopped"), "{late}");
 }

@@ -110,14 +110,22 @@ pub(crate) struct Process {
     pub killed_by: Option<Signal>,
     /// An exec's OCI document until it is started.
     pub spec: Option<NewExec>,
-    /// An exec's way up.
+    /// An exec's way up, or that of an init that is being restored.
     pub starting: Option<Starting>,
 }
 
-/// How to end an exec's start early, and who waits for that.
+/// How to end a start early, and who waits for that.
 pub(crate) struct Starting {
     pub abort: watch::Sender<bool>,
     pub killers: Vec<Reply<()>>,
+}
+
+impl Starting {
+    /// The killer is answered when the start has ended.
+    pub fn end(&mut self, killer: Reply<()>) {
+        self.abort.send_replace(true);
+        self.killers.push(killer);
+    }
 }
 
 impl Process {
@@ -277,6 +285,9 @@ impl Owner {
             Msg::Delete(Some(exec), reply) => self.delete_exec(&exec, reply),
             Msg::Kill { exec: Some(exec), signal: Signal::KILL, reply, .. } if self.machine.is_starting(&exec) => {
                 self.end_start(&exec, reply);
+            }
+            Msg::Kill { exec: None, signal, reply, .. } if self.init.child.is_none() => {
+                self.kill_unrestored(signal, reply);
             }
             Msg::Kill { exec, signal, all, reply } => {
                 let _ = reply.send(self.kill(exec.as_deref(), signal, all));

@@ -142,10 +142,7 @@ impl Owner {
     /// the answer comes with its end.
     pub(crate) fn end_start(&mut self, exec: &str, reply: Reply<()>) {
         match self.execs.get_mut(exec).and_then(|p| p.starting.as_mut()) {
-            Some(starting) => {
-                starting.abort.send_replace(true);
-                starting.killers.push(reply);
-            }
+            Some(starting) => starting.end(reply),
             None => {
                 let _ = reply.send(Err(Error::internal(format!("exec {exec} starts and nobody starts it"))));
             }

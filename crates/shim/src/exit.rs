@@ -19,7 +19,7 @@ const OOM_BOUND: Duration = Duration::from_millis(250);
 const LOG_BOUND: Duration = Duration::from_millis(250);
 
 /// What init's cgroup said when init had just ended.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Last {
     oom_kills: u64,
     peak_memory: Option<u64>,

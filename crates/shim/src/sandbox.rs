@@ -9,7 +9,7 @@
 //! (none) --create--> Created --start--> Ready --stop--> Stopped --shutdown--> the shim ends
 //! ```
 
-use crate::container::Msg;
+use crate::container::{Exited, Msg};
 use crate::shared::{Shared, ask};
 use crate::wire;
 use async_trait::async_trait;
@@ -20,7 +20,7 @@ use proto::containerd::types::{Metric, Platform};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use ttrpc::r#async::TtrpcContext;
 use types::{Error, Result, Signal};
 
@@ -113,23 +113,33 @@ fn change<T>(state: &watch::Sender<State>, how: impl FnOnce(&mut State) -> Resul
     result
 }
 
-/// Kills every container and waits for their ends, at most for `patience`.
+/// Kills every container, those on their way up too, and waits for their ends, at most
+/// for `patience`.
 async fn end_containers(shared: &Shared, patience: Duration) -> Result<()> {
-    let mut exits = Vec::new();
-    for handle in shared.handles() {
-        let _ = ask(&handle, "", |reply| Msg::Kill { exec: None, signal: Signal::KILL, all: true, reply }).await;
-        // One that is gone by now needs no waiting.
-        exits.extend(ask(&handle, "", |r| Msg::Wait(None, r)).await.ok());
-    }
-    let count = exits.len();
     let all = async {
+        let mut exits = kill_containers(shared).await;
+        shared.end_creations().await;
+        // Those that were up before they could be ended.
+        exits.extend(kill_containers(shared).await);
         for exit in &mut exits {
             let _ = exit.wait_for(Option::is_some).await;
         }
     };
-    tokio::time::timeout(patience, all)
-        .await
-        .map_err(|_| Error::deadline(format!("{count} containers were killed and not all ended in {patience:?}")))
+    let bounded = tokio::time::timeout(patience, all).await;
+    bounded.map_err(|_| Error::deadline(format!("the containers were killed and not all ended in {patience:?}")))
+}
+
+/// Kills every container that has an owner, and returns what tells of their ends.
+async fn kill_containers(shared: &Shared) -> Vec<Exited> {
+    let mut exits = Vec::new();
+    for handle in shared.handles() {
+        // The answer may come with the end only, which is waited for with all others'.
+        let reply = oneshot::channel().0;
+        let _ = handle.send(Msg::Kill { exec: None, signal: Signal::KILL, all: true, reply });
+        // One that is gone by now needs no waiting.
+        exits.extend(ask(&handle, "", |r| Msg::Wait(None, r)).await.ok());
+    }
+    exits
 }
 
 #[async_trait]

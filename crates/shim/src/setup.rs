@@ -15,7 +15,7 @@ use proto::containerd::task::v3::CreateTaskRequest;
 use proto::containerd::types::Mount;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use tokio::sync::watch;
 use types::{Error, ErrorKind, Result, ResultExt};
 
@@ -221,12 +221,7 @@ async fn launch(
     habits: Habits,
     mut abort: watch::Receiver<bool>,
 ) -> Result<(Child, Io)> {
-    let made: Arc<Mutex<Vec<Cgroup>>> = Arc::default();
-    let known = made.clone();
-    let calls = runtime.until(abort.clone(), move |borne| {
-        let cgroups = borne.iter().filter_map(|pid| Cgroup::of(*pid).ok());
-        known.lock().unwrap_or_else(PoisonError::into_inner).extend(cgroups);
-    });
+    let (calls, made) = undo::until(runtime, abort.clone());
     let ready = async {
         let prepared = streams::prepare(wanted, habits, &shared.place(id)).await?;
         Ok((prepared, shared.turn().await?))
@@ -254,8 +249,7 @@ async fn launch(
         // The name may be somebody else's: that container is not ours to delete.
         Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(e),
         Err(e) => {
-            let made = std::mem::take(&mut *made.lock().unwrap_or_else(PoisonError::into_inner));
-            undo::undo(runtime, id, bundle, made).await;
+            undo::undo(runtime, id, bundle, made.take()).await;
             Err(e)
         }
     }

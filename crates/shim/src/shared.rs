@@ -77,6 +77,8 @@ struct Containers {
     by_id: HashMap<String, Slot>,
     /// No more of them: the shim is ending.
     closed: bool,
+    /// No more of them: the sandbox is being stopped, or was.
+    stopped: bool,
 }
 
 impl Shared {
@@ -127,6 +129,9 @@ impl Shared {
         let mut all = self.containers();
         if all.closed {
             return Err(Error::unavailable("the shim is ending").hint("start another one"));
+        }
+        if all.stopped {
+            return Err(Error::precondition(format!("container {id} can't be created: the sandbox was stopped")));
         }
         if all.by_id.contains_key(id) {
             return Err(Error::exists(format!("container {id} exists already")));
@@ -198,6 +203,23 @@ impl Shared {
         };
         creation.end().await;
         !self.containers().by_id.contains_key(id)
+    }
+
+    /// Takes no more containers, and ends the creations that are under way: of each
+    /// nothing is left then, or it is among the handles.
+    pub async fn end_creations(&self) {
+        let creations: Vec<Arc<Creation>> = {
+            let mut all = self.containers();
+            all.stopped = true;
+            let under_way = |s: &Slot| if let Slot::Creating(c) = s { Some(c.clone()) } else { None };
+            all.by_id.values().filter_map(under_way).collect()
+        };
+        for creation in &creations {
+            creation.abort.send_replace(true);
+        }
+        for creation in &creations {
+            creation.end().await;
+        }
     }
 
     /// What the shim waits for now, in sentences.

@@ -6,11 +6,35 @@ use crate::log;
 use oci::cgroup::Cgroup;
 use oci::{Command, Runtime, Unfinished};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 use types::{Error, Signal};
 
 /// How long killed processes may take to be gone.
 const BOUND: Duration = Duration::from_secs(5);
+
+/// The cgroups that a call had made by the time when it was killed.
+#[derive(Clone, Default)]
+pub(crate) struct Made(Arc<Mutex<Vec<Cgroup>>>);
+
+impl Made {
+    pub fn take(&self) -> Vec<Cgroup> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The same runtime, whose calls end early once `abort` is true; what they had made then
+/// is known afterwards.
+pub(crate) fn until(runtime: &Command, abort: watch::Receiver<bool>) -> (Command, Made) {
+    let made = Made::default();
+    let known = made.clone();
+    let calls = runtime.until(abort, move |borne| {
+        let cgroups = borne.iter().filter_map(|pid| Cgroup::of(*pid).ok());
+        known.0.lock().unwrap_or_else(PoisonError::into_inner).extend(cgroups);
+    });
+    (calls, made)
+}
 
 /// Removes whatever the runtime left half made; it is often nothing. What it may
 /// not know itself is in `cgroups`. The creation's turn to call the runtime is good for
@@ -18,7 +42,7 @@ const BOUND: Duration = Duration::from_secs(5);
 pub(crate) async fn undo(runtime: &Command, id: &str, bundle: &Path, cgroups: Vec<Cgroup>) {
     let deleted = runtime.delete(id, true).await.err().filter(|e| !e.is_not_found());
     for e in deleted.into_iter().chain(empty(bundle, cgroups).await) {
-        log::warn(format_args!("container {id}: after a failed create: {e}"));
+        log::warn(format_args!("container {id}: after a failed create or restore: {e}"));
     }
 }
 

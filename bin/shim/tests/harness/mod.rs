@@ -81,6 +81,11 @@ impl Shim {
     }
 
     pub async fn start_as(service: &str) -> Self {
+        Self::start_with(service, None).await
+    }
+
+    /// With one more directory of programs.
+    pub async fn start_with(service: &str, programs: Option<&Path>) -> Self {
         let dir = tempfile::Builder::new().prefix("lss").tempdir().unwrap();
         let events = Arc::new(Recorder::default());
         let address = dir.path().join("events.sock");
@@ -90,7 +95,10 @@ impl Shim {
             .register_service(register_events(events.clone(), EventsClient::SERVICE));
         server.start().await.unwrap();
         let socket = dir.path().join("s/shim.sock");
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = programs.map(Path::to_path_buf).into_iter().chain(std::env::split_paths(&path));
         let out = Command::new(BINARY)
+            .env("PATH", std::env::join_paths(path).unwrap())
             .args(["-namespace", "test", "-id", "pod", "-address", "", "-publish-binary", "", "-socket"])
             .arg(&socket)
             .arg("start")
