@@ -378,3 +378,33 @@ async fn join_all<F: Future<Output = ()>>(mut all: Vec<std::pin::Pin<Box<F>>>) {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_mount_that_hangs_is_ended_by_kill() {
+    let shim = Shim::start().await;
+    let b = Bundle::new(&Shape::default());
+    // Who opens it to read waits for a writer.
+    let image = b.path().join("image");
+    stdio::fifo::make(&image).unwrap();
+    let mount = || Mount {
+        r#type: "ext4".into(),
+        source: image.display().to_string(),
+        options: vec!["loop".into(), "ro".into()],
+        ..Default::default()
+    };
+    let killing = async {
+        while code(&shim.state(&b).await.unwrap_err()) == ttrpc::Code::NOT_FOUND {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let began = Instant::now();
+        shim.kill(&b, "", 9).await.unwrap();
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    };
+    let (made, ()) = tokio::join!(shim.create_by(&b, Path::new("runc"), vec![mount()]), killing);
+    let e = made.unwrap_err();
+    assert!(code(&e) == ttrpc::Code::CANCELLED && e.to_string().contains("ext4"), "{e}");
+    let again = shim.create_by(&b, Path::new("runc"), vec![mount()]).await.unwrap_err();
+    assert_eq!(code(&again), ttrpc::Code::UNAVAILABLE, "{again}");
+    drop(std::fs::OpenOptions::new().write(true).open(&image).unwrap());
+    nothing_left(&shim, &b).await;
+}

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! service.rs, sandbox.rs, private.rs  ttrpc: validate, ask the owner, answer
-//! setup.rs                 Create, from request to owner
+//! setup.rs, rootfs.rs      Create, from request to owner
 //! container.rs             the owner: carries out what is decided
 //! exec.rs, exit.rs, control.rs, checkpoint.rs, restore.rs  the rest of what is asked of it
 //! state.rs                 what may be done and what follows (pure)
@@ -30,6 +30,7 @@ mod options;
 pub mod persist;
 mod private;
 mod restore;
+mod rootfs;
 mod sandbox;
 mod serve;
 mod service;

@@ -6,13 +6,12 @@ use crate::persist::{self, TaskRecord};
 use crate::restore::Restoring;
 use crate::shared::Shared;
 use crate::streams::{self, Habits, Io, Wanted};
-use crate::{log, options, restore, undo, wire};
+use crate::{log, options, restore, rootfs, undo, wire};
 use oci::cgroup::Cgroup;
 use oci::{Child, Command, Config, Launch, Runtime, mounts};
 use proto::containerd::events::{TaskCreate, TaskIo};
 use proto::containerd::runc::v1::Options;
 use proto::containerd::task::v3::CreateTaskRequest;
-use proto::containerd::types::Mount;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -112,7 +111,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     let o = options::read(req.options.as_ref())?;
     let peek = ConfigPeek::read(&bundle)?;
     let config = runtime_config(shared, &o, &bundle)?;
-    let rootfs_mounts: Vec<mounts::Mount> = req.rootfs.iter().map(rootfs_mount).collect();
+    let rootfs_mounts: Vec<mounts::Mount> = req.rootfs.iter().map(rootfs::asked).collect();
     let record = TaskRecord {
         binary: config.binary.clone(),
         root: config.root.clone().unwrap_or_default(),
@@ -121,9 +120,10 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     };
     persist::forget_exit(&bundle);
     persist::write_task(&bundle, &record)?;
+    let deadline = config.deadline;
     let runtime = Arc::new(Command::new(config, shared.children.clone()));
     let rootfs = bundle.join("rootfs");
-    mount(shared, &rootfs, rootfs_mounts).await?;
+    rootfs::mount(shared, &rootfs, rootfs_mounts, deadline, abort.clone()).await?;
     let wanted = Wanted {
         stdin: req.stdin.clone(),
         stdout: req.stdout.clone(),
@@ -133,7 +133,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     let habits = Habits { labelled: peek.process.labelled(), owner: (o.io_uid, o.io_gid) };
     let restore = match restore::wanted(&req, &o, &bundle) {
         Ok(restore) => restore,
-        Err(e) => return Err(unmounted(rootfs, record.rootfs_mounts, e).await),
+        Err(e) => return Err(rootfs::unmounted(rootfs, record.rootfs_mounts, e).await),
     };
     let made = match restore {
         None => launch(shared, &runtime, &req.id, &bundle, &wanted, habits, abort).await.map(Made::Created),
@@ -145,7 +145,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
     let (process, restoring) = match made {
         Ok(Made::Created((child, io))) => (Process::launched(wanted, io, child), None),
         Ok(Made::ToRestore(restoring)) => (Process::planned(wanted), Some(*restoring)),
-        Err(e) => return Err(unmounted(rootfs, record.rootfs_mounts, e).await),
+        Err(e) => return Err(rootfs::unmounted(rootfs, record.rootfs_mounts, e).await),
     };
     let pid = process.child.as_ref().map_or(0, |c| c.pid());
     let cgroup = if pid == 0 { Ok(Cgroup::default()) } else { Cgroup::of(pid) };
@@ -175,39 +175,6 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
 enum Made {
     Created((Child, Io)),
     ToRestore(Box<Restoring>),
-}
-
-/// Takes the root file system off after a failure, and tells all that failed.
-async fn unmounted(rootfs: PathBuf, stacked: usize, e: Error) -> Error {
-    if stacked == 0 {
-        return e;
-    }
-    match tokio::task::spawn_blocking(move || mounts::unmount_rootfs(&rootfs, stacked)).await {
-        Ok(Err(more)) => e.hint(more.to_string()),
-        Ok(Ok(())) | Err(_) => e,
-    }
-}
-
-fn rootfs_mount(m: &Mount) -> mounts::Mount {
-    mounts::Mount {
-        kind: m.r#type.clone(),
-        source: m.source.clone(),
-        target: m.target.clone(),
-        options: m.options.clone(),
-    }
-}
-
-/// Mounts the root file system, on another thread: its disk may hang.
-async fn mount(shared: &Shared, rootfs: &Path, mounts: Vec<mounts::Mount>) -> Result<()> {
-    if mounts.is_empty() {
-        return Ok(());
-    }
-    // Mapped owners take a process, which its own thread waits for: nobody else may
-    // reap it.
-    let _call = mounts::are_mapped(&mounts).then(|| shared.children.begin_call());
-    let rootfs = rootfs.to_path_buf();
-    let mounted = tokio::task::spawn_blocking(move || mounts::mount_rootfs(&rootfs, &mounts)).await;
-    mounted.unwrap_or_else(|e| Err(Error::internal("mount the root file system").because(e)))
 }
 
 /// Opens the streams and lets the runtime create the container; early to its end

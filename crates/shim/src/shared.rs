@@ -4,8 +4,8 @@ use crate::container::{Handle, Msg};
 use crate::events::Publisher;
 use crate::streams::{Place, SharedWriter};
 use oci::Children;
-use std::collections::HashMap;
-use std::path::PathBuf;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot, watch};
@@ -42,6 +42,8 @@ pub(crate) struct Shared {
     /// Told when the shim shall end.
     pub stop: Notify,
     containers: Mutex<Containers>,
+    /// Root file systems that a thread is mounting at this moment.
+    mounting: Mutex<HashSet<PathBuf>>,
 }
 
 /// A name that is taken.
@@ -72,6 +74,18 @@ impl Creation {
     }
 }
 
+/// A place that is being mounted on.
+pub(crate) struct Mounting {
+    shared: Arc<Shared>,
+    root: PathBuf,
+}
+
+impl Drop for Mounting {
+    fn drop(&mut self) {
+        self.shared.mounts().remove(&self.root);
+    }
+}
+
 #[derive(Default)]
 struct Containers {
     by_id: HashMap<String, Slot>,
@@ -94,6 +108,7 @@ impl Shared {
             endings: Semaphore::new(cpus.max(2)),
             stop: Notify::new(),
             containers: Mutex::default(),
+            mounting: Mutex::default(),
         }
     }
 
@@ -175,6 +190,23 @@ impl Shared {
         }
         self.stop.notify_one();
         true
+    }
+
+    /// Takes a place for what is mounted on it until the returned value is dropped: a
+    /// thread that hangs in a mount may outlive its container.
+    ///
+    /// # Errors
+    /// `Unavailable` where an earlier mount hangs there.
+    pub fn mounting(self: &Arc<Self>, root: &Path) -> Result<Mounting> {
+        if !self.mounts().insert(root.to_path_buf()) {
+            let text = format!("mount on {}: an earlier mount there has not ended", root.display());
+            return Err(Error::unavailable(text).hint("see to the disk or server that its source is on"));
+        }
+        Ok(Mounting { shared: self.clone(), root: root.to_path_buf() })
+    }
+
+    fn mounts(&self) -> MutexGuard<'_, HashSet<PathBuf>> {
+        self.mounting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn is_closed(&self) -> bool {
