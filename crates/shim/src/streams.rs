@@ -4,6 +4,7 @@
 //! FIFO            the process gets the FIFO itself; no byte passes through us
 //! FIFO, labelled  process -> pipe -> splice -> FIFO
 //! cri://, file:// process -> pipe -> writer thread -> file
+//! another file    the same
 //! binary://       process -> pipe -> logging binary
 //! terminal        master <-> FIFO, writer thread or logging binary
 //! ```
@@ -15,6 +16,7 @@
 use crate::log;
 use oci::{Children, Stdio};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -416,9 +418,16 @@ async fn outputs(out: Uri, err: Uri, habits: Habits, writer: &SharedWriter, p: &
     Ok(())
 }
 
+/// Whether a path that should be a FIFO's is that of a file or a device, /dev/null say:
+/// that is appended to, as containerd's shim does it.
+fn is_file(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|m| m.is_file() || m.file_type().is_char_device())
+}
+
 fn target(uri: Uri, habits: Habits, io: &mut Io) -> Result<Target> {
     Ok(match uri {
         Uri::Null => Target::Null,
+        Uri::Fifo(path) if is_file(&path) => Target::File(path, Format::Raw),
         Uri::Fifo(path) => {
             let out = fifo::open_out(&path)?;
             own(&out.write, habits)?;
@@ -540,6 +549,38 @@ mod tests {
         io.drain(Duration::from_secs(5)).await;
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains("out") && text.contains("err"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_bare_path_may_be_a_file_or_a_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "before\n").unwrap();
+        let both = path.display().to_string();
+        for (stderr, labelled) in [(both.as_str(), false), ("/dev/null", true)] {
+            let wanted = Wanted { stdout: both.clone(), stderr: stderr.into(), ..Wanted::default() };
+            let (children, writer) = (Children::new(), SharedWriter::default());
+            let habits = Habits { labelled, ..Habits::default() };
+            let mut p = prepare(&wanted, habits, &place(&children, &writer, dir.path())).await.unwrap();
+            let process = std::mem::take(&mut p.stdio);
+            let io = p.attach(&writer).await.unwrap();
+            File::from(process.stdout.unwrap()).write_all(b"out\n").unwrap();
+            File::from(process.stderr.unwrap()).write_all(b"err\n").unwrap();
+            io.drain(Duration::from_secs(5)).await;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let mut lines: Vec<&str> = text.lines().collect();
+        lines.sort_unstable();
+        assert_eq!(lines, ["before", "err", "out", "out"]);
+        // A folder can't be written to; what isn't there is not made.
+        for bad in [dir.path().to_path_buf(), dir.path().join("none")] {
+            let wanted = Wanted { stdout: bad.display().to_string(), ..Wanted::default() };
+            let (children, writer) = (Children::new(), SharedWriter::default());
+            let place = place(&children, &writer, dir.path());
+            let e = prepare(&wanted, Habits::default(), &place).await.err().unwrap();
+            assert!(e.to_string().contains(bad.to_str().unwrap()), "{e}");
+        }
+        assert!(!dir.path().join("none").exists());
     }
 
     #[tokio::test]

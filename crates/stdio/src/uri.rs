@@ -12,7 +12,7 @@ use types::{Error, Result};
 pub enum Uri {
     /// Nowhere: /dev/null.
     Null,
-    /// A named pipe: a bare path or `fifo://`.
+    /// A named pipe: a bare path or `fifo://`. For output it may be another file that is there.
     Fifo(PathBuf),
     /// The CRI log at this path, written by the shim; private to us:
     /// `cri:///path?limit=16384`.
