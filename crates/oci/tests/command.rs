@@ -210,7 +210,7 @@ async fn no_child_escapes_that_a_call_bears_while_it_is_killed() {
     let _turn = TURN.lock().await;
     for round in 0..10 {
         let dir = tempfile::tempdir().unwrap();
-        let (begun, name) = (dir.path().join("begun"), format!("4714{round}"));
+        let (begun, name) = (dir.path().join("begun"), format!("{}4714{round}", std::process::id()));
         let script = format!(
             "n=0; while [ $n -lt 300 ]; do setsid sleep {name} & n=$((n+1)); : >{}; done; wait",
             begun.display()
