@@ -7,7 +7,7 @@ use prost::Message;
 use proto::containerd::task::v3::DeleteResponse;
 use std::path::Path;
 use std::time::SystemTime;
-use types::{Error, ErrorKind, ExitStatus, Result};
+use types::{Certificate, Error, ErrorKind, ExitStatus, Result};
 
 /// Kills the container `id`, takes off its root file system, and returns the
 /// DeleteResponse to print: the exit that the shim had written, else 137.
@@ -19,22 +19,26 @@ use types::{Error, ErrorKind, ExitStatus, Result};
 /// Everything that could not be cleaned up; it goes on to the end first.
 pub async fn delete(id: &str, bundle: &Path) -> Result<Vec<u8>> {
     let mut errors = Vec::new();
-    let record = persist::read_task(bundle);
-    match &record {
-        Ok(record) => clean(id, bundle, record, &mut errors).await,
+    match persist::read_task(bundle) {
+        Ok(record) => clean(id, bundle, &record, &mut errors).await,
         Err(e) if e.is_not_found() => {}
-        Err(e) => errors.push(e.copy()),
+        Err(e) => errors.push(e),
     }
     Error::join(&format!("clean up container {id}"), errors)?;
+    let pid = persist::read_pid(bundle);
     let exit = match persist::read_exit(bundle) {
         Ok(exit) => exit,
         Err(e) => {
             if e.kind() != ErrorKind::NotFound {
                 log::warn(&e);
             }
-            let exit = crate::state::plain(ExitStatus::Signal(9), SystemTime::now());
-            // Who asks once more, its first answer being lost, hears of the same time.
-            if record.is_ok()
+            let exit = Certificate {
+                killed_by: Some("the death of the pod's shim".into()),
+                ..crate::state::plain(ExitStatus::Signal(9), SystemTime::now())
+            };
+            // Who asks once more, its first answer being lost, hears of the same time. What
+            // was never made has no end.
+            if pid.is_some()
                 && let Err(e) = persist::write_exit(bundle, &exit)
             {
                 log::warn(format_args!("container {id}: {e}"));
@@ -43,7 +47,7 @@ pub async fn delete(id: &str, bundle: &Path) -> Result<Vec<u8>> {
         }
     };
     let response = DeleteResponse {
-        pid: persist::read_pid(bundle).map_or(0, wire::pid),
+        pid: pid.map_or(0, wire::pid),
         exit_status: wire::exit_status(exit.status),
         exited_at: Some(wire::timestamp(exit.exited_at)),
     };

@@ -84,8 +84,10 @@ pub fn read_exit(bundle: &Path) -> Result<Certificate> {
 }
 
 /// Removes what an earlier container left in this bundle.
-pub fn forget_exit(bundle: &Path) {
-    let _ = std::fs::remove_file(bundle.join(EXIT));
+pub fn forget(bundle: &Path) {
+    for name in [EXIT, PID] {
+        let _ = std::fs::remove_file(bundle.join(name));
+    }
 }
 
 /// Writes how to reach the container.

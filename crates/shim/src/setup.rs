@@ -118,7 +118,7 @@ async fn make(shared: &Arc<Shared>, req: CreateTaskRequest, abort: watch::Receiv
         systemd_cgroup: config.systemd_cgroup,
         rootfs_mounts: mounts::stacked(&rootfs_mounts),
     };
-    persist::forget_exit(&bundle);
+    persist::forget(&bundle);
     persist::write_task(&bundle, &record)?;
     let deadline = config.deadline;
     let runtime = Arc::new(Command::new(config, shared.children.clone()));
