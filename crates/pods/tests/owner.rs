@@ -7,6 +7,7 @@ use pods::sandbox::{SandboxDirs, Sandboxes};
 use pods::{ContainerFilter, ContainerState, EventKind, ExitReason, PodPhase, Pods, PodsConfig, Shared};
 use proto::cri::*;
 use runtime::fake::{Call, FakeRuntime, Script};
+use runtime::{Runtime as _, TaskState};
 use snapshots::{Overlay, Snapshotter};
 use std::sync::Arc;
 use std::time::Duration;
@@ -166,26 +167,29 @@ async fn an_exit_that_overtakes_the_answer_to_its_start_is_kept() {
     let id = rig.created(&pod, "c").await;
     let mut events = rig.pods.events();
     let gate = Arc::new(Notify::new());
-    rig.fake.next(Call::StartTask, Script::Gate(gate.clone()));
+    rig.fake.next(Call::StartTask, Script::LateAnswer(gate.clone()));
     let start = tokio::spawn({
         let (pods, id) = (rig.pods.clone(), id.clone());
         async move { pods.start_container(&id).await }
     });
     soon(rig.called(Call::StartTask)).await;
+    let runs = async {
+        while !matches!(rig.fake.task_state(&pod, &id).await, Ok(TaskState::Running { .. })) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    soon(runs).await;
     rig.fake.exit(&pod, &id, ExitStatus::Code(7));
     rig.fake.exit(&pod, &id, ExitStatus::Code(9));
     gate.notify_one();
-    // Whatever the fake says of starting a dead task, the exit is one and the first.
-    let _ = soon(start).await.unwrap();
+    soon(start).await.unwrap().unwrap();
     soon(rig.pods.stop_container(&id, Duration::ZERO)).await.unwrap();
     let container = rig.pods.container(&id).unwrap();
     let ContainerState::Exited { certificate, reason, started_at, .. } = container.state() else {
         panic!("{:?}", container.state());
     };
-    if *reason != ExitReason::StartError {
-        assert_eq!(certificate.status, ExitStatus::Code(7));
-        assert!(started_at.unwrap() <= certificate.exited_at);
-    }
+    assert_eq!((*reason, certificate.status), (ExitReason::Error, ExitStatus::Code(7)));
+    assert!(started_at.unwrap() <= certificate.exited_at);
     let mut kinds = Vec::new();
     while let Ok(event) = events.try_recv() {
         kinds.push(event.kind);
@@ -269,6 +273,16 @@ async fn a_dead_shim_leaves_the_pod_ready_and_a_dead_init_does_not() {
     assert_eq!(rig.pods.pod(&pod).unwrap().pod.state.phase, PodPhase::Ready);
     let again = rig.running(&pod, "d").await;
     assert!(matches!(rig.pods.container(&again).unwrap().state(), ContainerState::Running { .. }));
+    soon(rig.pods.remove_pod(&pod)).await.unwrap();
+    // Without its init a shared pid namespace takes nobody any more.
+    let pod = rig.pods.run_pod(pod_config("shared", NamespaceMode::Pod), "").await.unwrap();
+    rig.fake.kill_shim(&pod);
+    let not_ready = async {
+        while rig.pods.pod(&pod).unwrap().pod.state.phase == PodPhase::Ready {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    soon(not_ready).await;
     soon(rig.pods.remove_pod(&pod)).await.unwrap();
 }
 

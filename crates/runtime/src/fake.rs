@@ -45,6 +45,8 @@ pub enum Script {
     Delay(Duration),
     /// Waits until the test notifies.
     Gate(Arc<Notify>),
+    /// Is done at once, and answers when the test notifies.
+    LateAnswer(Arc<Notify>),
     /// Fails with this kind and text, and changes nothing.
     Fail(ErrorKind, String),
 }
@@ -82,22 +84,24 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn script(&self, call: Call, object: &str) -> Result<()> {
+    /// What is scripted before the call's work; what its answer then waits for.
+    async fn script(&self, call: Call, object: &str) -> Result<Option<Arc<Notify>>> {
         let next = {
             let mut s = self.lock();
             s.calls.push((call, object.to_string()));
             s.scripts.get_mut(&call).and_then(VecDeque::pop_front)
         };
         match next {
-            None => Ok(()),
+            None => Ok(None),
             Some(Script::Delay(d)) => {
                 tokio::time::sleep(d).await;
-                Ok(())
+                Ok(None)
             }
             Some(Script::Gate(gate)) => {
                 gate.notified().await;
-                Ok(())
+                Ok(None)
             }
+            Some(Script::LateAnswer(gate)) => Ok(Some(gate)),
             Some(Script::Fail(kind, text)) => Err(Error::new(kind, text)),
         }
     }
@@ -215,8 +219,12 @@ impl FakeRuntime {
     ) -> Result<T> {
         let (shared, object) = (self.shared.clone(), object.to_string());
         let run = tokio::spawn(async move {
-            shared.script(call, &object).await?;
-            work(&shared)
+            let late = shared.script(call, &object).await?;
+            let done = work(&shared);
+            if let Some(gate) = late {
+                gate.notified().await;
+            }
+            done
         });
         run.await.unwrap_or_else(|e| Err(Error::internal("the fake ended early").because(e)))
     }
