@@ -240,7 +240,9 @@ impl Client {
                     packet.truncate(n.min(PACKET));
                     self.input = packet;
                 }
-                Err(Errno::INTR) => {}
+                // A peer that has gone without reading all of its output is told of once; what
+                // it sent before comes afterwards.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(Errno::AGAIN) => {
                     self.readable = false;
                     return false;

@@ -127,7 +127,8 @@ fn a_create_that_hangs_is_ended_with_its_monitor_and_runtime_call() {
     assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
     eventually("monitor and runtime call are gone", || node.processes().is_empty());
     // One that is called off ends at once.
-    std::fs::remove_file(&sign).unwrap();
+    // It may have been killed before it came so far.
+    let _ = std::fs::remove_file(&sign);
     node.die();
     node.handler.timeouts.create = Duration::from_secs(60);
     node.start();

@@ -65,6 +65,8 @@ impl Logs {
         }
         if let Some(journal) = &mut self.journal {
             journal.go_on();
+            // A journal that was restarted has another socket next time.
+            self.watched.1 &= journal.fd().is_some();
         }
     }
 

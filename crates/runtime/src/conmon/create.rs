@@ -202,7 +202,7 @@ impl Inner {
         if !started.child.has_ended()
             && let Ok(Some(process)) = Process::open(started.pid(), || true)
         {
-            kill_tree(&process);
+            kill_tree(&process, super::Timeouts::default().cleanup).await;
         }
         started.child.wait().await;
     }
@@ -231,11 +231,10 @@ impl Inner {
         let (id, handler) = (&entry.id, &entry.record.handler);
         let mut e = e;
         if let Some(monitor) = born {
-            if let Some(monitor) = monitor {
-                kill_tree(&monitor);
-                if !monitor.ended_within(handler.timeouts.cleanup).await {
-                    e = e.hint(format!("its monitor, process {}, does not die of SIGKILL", monitor.pid()));
-                }
+            if let Some(monitor) = monitor
+                && !kill_tree(&monitor, handler.timeouts.cleanup).await
+            {
+                e = e.hint(format!("its monitor, process {}, does not die of SIGKILL", monitor.pid()));
             }
             match self.runtime(handler, dir).delete(id, true).await {
                 Err(more) if !more.is_not_found() => e = e.hint(more.to_string()),
@@ -258,8 +257,7 @@ impl Inner {
     pub(super) async fn remove_leftovers(&self, pod: &str, id: &str) -> Result<()> {
         let dir = self.bundle(pod, id);
         if let Some(monitor) = monitor_of(&dir)? {
-            kill_tree(&monitor);
-            monitor.ended_within(super::Timeouts::default().cleanup).await;
+            kill_tree(&monitor, super::Timeouts::default().cleanup).await;
         }
         if let Some(handler) = self.handler_of(&dir) {
             match self.runtime(&handler, &dir).delete(id, true).await {

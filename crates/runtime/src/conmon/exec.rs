@@ -140,7 +140,10 @@ impl Inner {
             return version;
         }
         let version = version_of(monitor).await;
-        known().insert(monitor.to_path_buf(), version);
+        // One that was slow to say it says it next time.
+        if version.is_some() {
+            known().insert(monitor.to_path_buf(), version);
+        }
         version
     }
 
@@ -154,8 +157,7 @@ impl Inner {
                 let spec = dir.join("process.json");
                 match Process::open(pid, || with_argument(&spec).contains(&pid)) {
                     Ok(Some(monitor)) => {
-                        kill_tree(&monitor);
-                        monitor.ended_within(super::Timeouts::default().cleanup).await;
+                        kill_tree(&monitor, super::Timeouts::default().cleanup).await;
                     }
                     Ok(None) => {}
                     Err(e) => tracing::warn!(container, error = %e, "an old exec may live on"),
@@ -182,6 +184,10 @@ impl Exec {
         let permit = self.queue(begun, &mut caller).await?;
         let handler = &self.task.record.handler;
         let version = self.inner.version(&handler.monitor).await;
+        if version.is_none() {
+            let what = format!("{}: {} does not tell its version", self.what("start"), handler.monitor.display());
+            return Err(Error::unavailable(what).hint("without it the command's output could not be bounded"));
+        }
         let by_log = handler.exec_by_log || version.is_none_or(|v| v < PASSTHROUGH_SINCE);
         // What is kept of both streams, which is all that anybody reads.
         let bound = (by_log && version.is_some_and(|v| v >= LOG_BOUND_SINCE)).then_some(spec.keep as u64 * 2);
@@ -189,6 +195,10 @@ impl Exec {
         let process = match self.started(&mut started, begun, &mut caller).await {
             Ok(process) => process,
             Err(e) => {
+                // What nobody waits for any more must not come up.
+                if matches!(e.kind(), ErrorKind::Cancelled | ErrorKind::DeadlineExceeded) {
+                    self.kill_monitor(&mut started).await;
+                }
                 self.kill(&mut started, None).await;
                 return Err(self.say_why(e, pipes).await);
             }
@@ -440,6 +450,13 @@ impl Exec {
         .hint("let what the command leaves running redirect its stdout and stderr")
     }
 
+    /// Kills the monitor with all that it has borne.
+    async fn kill_monitor(&self, started: &mut Started) {
+        if let Ok(Some(monitor)) = Process::open(started.pid(), || !started.child.has_ended()) {
+            kill_tree(&monitor, self.task.record.handler.timeouts.cleanup).await;
+        }
+    }
+
     /// Ends the command, its process group and the monitor, and reaps the latter;
     /// gives its status, of which only the first that is given is true.
     async fn kill(&self, started: &mut Started, process: Option<&Process>) -> Option<ExitStatus> {
@@ -453,9 +470,7 @@ impl Exec {
         if let Ok(ended) = tokio::time::timeout(patience, started.child.wait()).await {
             return Some(ended.status);
         }
-        if let Ok(Some(monitor)) = Process::open(started.pid(), || !started.child.has_ended()) {
-            kill_tree(&monitor);
-        }
+        self.kill_monitor(started).await;
         match tokio::time::timeout(bound, started.child.wait()).await {
             Ok(ended) => Some(ended.status),
             Err(_) => {

@@ -1,6 +1,7 @@
 //! Processes that are not our children: held by pidfd, and confirmed before they
 //! are trusted to be who a file says.
 
+use crate::bundle::blocking;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -116,16 +117,6 @@ pub(crate) fn parent(pid: u32) -> Option<u32> {
     stat(pid).map(|s| s.parent)
 }
 
-/// The children of a process, whichever of its threads bore them.
-pub(crate) fn children(pid: u32) -> Vec<u32> {
-    let mut all = Vec::new();
-    for task in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
-        let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        all.extend(text.split_ascii_whitespace().filter_map(|p| p.parse::<u32>().ok()));
-    }
-    all
-}
-
 /// The command line of a process.
 pub(crate) fn arguments(pid: u32) -> Vec<String> {
     let raw = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -141,26 +132,20 @@ pub(crate) fn with_argument(path: &Path) -> Vec<u32> {
         .collect()
 }
 
-/// Kills a process and all that descends from it, the root first: what it has under
-/// way must not go on without it.
-pub(crate) fn kill_tree(root: &Process) {
-    let mut found = Vec::new();
-    let mut next = vec![root.pid()];
-    while let Some(pid) = next.pop() {
-        for child in children(pid) {
-            if found.iter().all(|p: &Process| p.pid() != child)
-                && let Ok(Some(p)) = Process::open(child, || parent(child) == Some(pid))
-            {
-                next.push(child);
-                found.push(p);
-            }
-        }
+/// Kills a process with all that descends from it, none of which goes on for a step
+/// meanwhile, and awaits their deaths: what they were about to make would come after
+/// whoever takes it away. True where all have died within `bound`.
+pub(crate) async fn kill_tree(root: &Process, bound: Duration) -> bool {
+    let pid = i32::try_from(root.pid()).unwrap_or(-1);
+    if root.has_ended() {
+        return true;
     }
-    for process in std::iter::once(root).chain(&found) {
-        if let Err(e) = process.signal(Signal::KILL) {
-            tracing::warn!(error = %e, "a process lives on");
-        }
-    }
+    let killed = blocking(move || {
+        let held = oci::kill_call(pid, |_| {});
+        let until = std::time::Instant::now() + bound;
+        Ok(held.iter().all(|p| p.ended_within(until.saturating_duration_since(std::time::Instant::now()))))
+    });
+    killed.await.unwrap_or(false)
 }
 
 /// The number in a pid file; `None` where there is none.
@@ -200,6 +185,16 @@ mod tests {
         assert!(Process::open(child.id(), || true).unwrap().is_none());
     }
 
+    /// The children of a process, whichever of its threads bore them.
+    fn children(pid: u32) -> Vec<u32> {
+        let mut all = Vec::new();
+        for task in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            all.extend(text.split_ascii_whitespace().filter_map(|p| p.parse::<u32>().ok()));
+        }
+        all
+    }
+
     #[tokio::test]
     async fn a_tree_dies_as_a_whole() {
         let script = "sleep 61 & sleep 62 & wait";
@@ -209,7 +204,8 @@ mod tests {
         }
         let below: Vec<_> =
             children(child.id()).into_iter().map(|p| Process::open(p, || true).unwrap().unwrap()).collect();
-        kill_tree(&Process::open(child.id(), || true).unwrap().unwrap());
+        let root = Process::open(child.id(), || true).unwrap().unwrap();
+        assert!(kill_tree(&root, Duration::from_secs(10)).await);
         child.wait().unwrap();
         for p in below {
             assert!(p.ended_within(Duration::from_secs(10)).await);

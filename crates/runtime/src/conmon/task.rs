@@ -329,8 +329,7 @@ impl Inner {
                 pid = monitor.pid(),
                 "the monitor outlives its container by {bound:?} and is killed"
             );
-            kill_tree(monitor);
-            if !monitor.ended_within(bound).await {
+            if !kill_tree(monitor, bound).await {
                 tracing::error!(container = id, pid = monitor.pid(), "the monitor does not die of SIGKILL");
             }
         }
