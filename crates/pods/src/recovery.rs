@@ -127,7 +127,7 @@ pub async fn recover(shared: &Arc<Shared>) -> Result<()> {
 }
 
 /// Asks for the tasks of a pod whose shim did not answer at the start, until it does: only
-/// then their ends are heard of.
+/// then their ends are heard of. The owner does with the answers what `adopt` does.
 async fn examine_later(shared: Arc<Shared>, pod: String) {
     let (mut wait, longest) = EXAMINE;
     loop {
@@ -135,23 +135,45 @@ async fn examine_later(shared: Arc<Shared>, pod: String) {
         wait = (wait * 2).min(longest);
         let Ok(handle) = shared.registry.pod(&pod) else { return };
         let view = handle.view();
-        let running = view.containers.iter().filter(|c| matches!(c.state(), ContainerState::Running { .. }));
+        if view.pod.state.torn_down {
+            return;
+        }
         let mut again = false;
-        for c in running {
-            let certificate = match shared.runtime.task_state(&pod, &c.id).await {
-                Ok(TaskState::Stopped(certificate)) => certificate,
-                Ok(_) => continue,
-                Err(e) if e.is_not_found() => crate::state::lost_certificate(),
+        for c in &view.containers {
+            match examine(&shared, &pod, &c.id).await {
+                Ok(task) => {
+                    let (id, was) = (c.id.clone(), c.state().clone());
+                    let _ = handle.send(crate::owner::Msg::Examined { id, was, task });
+                }
+                Err(_) => again = true,
+            }
+        }
+        if view.pod.state.init && view.pod.state.phase == PodPhase::Ready {
+            let certificate = match examine(&shared, &pod, &pod).await {
+                Ok(Some(TaskState::Stopped(certificate))) => Some(certificate),
+                Ok(None) => Some(crate::state::lost_certificate()),
+                Ok(Some(_)) => None,
                 Err(_) => {
                     again = true;
-                    continue;
+                    None
                 }
             };
-            let _ = handle.send(crate::owner::Msg::Exited { id: c.id.clone(), certificate });
+            if let Some(certificate) = certificate {
+                let _ = handle.send(crate::owner::Msg::Exited { id: pod.clone(), certificate });
+            }
         }
         if !again {
             return;
         }
+    }
+}
+
+/// A task's state; `None` where there is none.
+async fn examine(shared: &Shared, pod: &str, id: &str) -> Result<Option<TaskState>> {
+    match shared.runtime.task_state(pod, id).await {
+        Ok(state) => Ok(Some(state)),
+        Err(e) if e.is_not_found() => Ok(None),
+        Err(e) => Err(e),
     }
 }
 
@@ -341,7 +363,7 @@ fn adopt(shared: &Arc<Shared>, s: &mut Stored, mut found: RecoveredPod) -> Vec<S
 }
 
 /// What a container becomes by what its task is, and whether the task must go.
-fn reconcile(state: &ContainerState, task: Option<TaskState>) -> (Option<ContainerState>, bool) {
+pub(crate) fn reconcile(state: &ContainerState, task: Option<TaskState>) -> (Option<ContainerState>, bool) {
     match (state, task) {
         // An exit never changes; a task that outlived its record of it goes.
         (ContainerState::Exited { .. }, task) => (None, task.is_some()),

@@ -22,7 +22,10 @@ const HANGS: Duration = Duration::from_secs(20);
 struct Rig {
     pods: Pods,
     fake: Arc<FakeRuntime>,
-    _root: TempRoot,
+    store: store::Store,
+    snapshots: Arc<dyn Snapshotter>,
+    images: images::Images,
+    root: TempRoot,
 }
 
 /// Pods have lo alone, and nothing of the node's network is touched.
@@ -51,6 +54,18 @@ async fn rig() -> Rig {
     images.import(&root.join("i.tar"), None).await.unwrap();
     let (tx, events) = mpsc::unbounded_channel();
     let fake = FakeRuntime::new(tx);
+    let pods = start(&root, store.clone(), &snapshots, &images, fake.clone(), events).await;
+    Rig { pods, fake, store, snapshots, images, root }
+}
+
+async fn start(
+    root: &TempRoot,
+    store: store::Store,
+    snapshots: &Arc<dyn Snapshotter>,
+    images: &images::Images,
+    fake: Arc<FakeRuntime>,
+    events: mpsc::UnboundedReceiver<runtime::RuntimeEvent>,
+) -> Pods {
     let dirs = SandboxDirs { state: root.join("state"), netns: root.join("netns") };
     let handler = pods::Handler {
         name: "runc".into(),
@@ -70,11 +85,11 @@ async fn rig() -> Rig {
         },
         journal: pods::Journal::start(store.clone()),
         store: store.clone(),
-        runtime: fake.clone(),
-        images,
-        snapshots,
+        runtime: fake,
+        images: images.clone(),
+        snapshots: snapshots.clone(),
         sandboxes: Sandboxes::prepare(dirs).unwrap(),
-        network: no_network(&root, store).await,
+        network: no_network(root, store).await,
         timelines: telemetry::Timelines::new(),
         events: pods::Events::default(),
         registry: pods::Registry::default(),
@@ -82,8 +97,7 @@ async fn rig() -> Rig {
         quarantine: pods::Quarantine::default(),
         health: pods::Health::default(),
     };
-    let pods = Pods::start(Arc::new(shared), events).await.unwrap();
-    Rig { pods, fake, _root: root }
+    Pods::start(Arc::new(shared), events).await.unwrap()
 }
 
 fn pod_config(name: &str, pid: NamespaceMode) -> PodSandboxConfig {
@@ -131,6 +145,42 @@ impl Rig {
         let id = self.created(pod, name).await;
         self.pods.start_container(&id).await.unwrap();
         id
+    }
+}
+
+impl Rig {
+    /// Another daemon on what this one has stored, with a runtime whose tasks the test
+    /// makes.
+    async fn again(&mut self, make: impl AsyncFnOnce(&FakeRuntime)) {
+        let (tx, events) = mpsc::unbounded_channel();
+        self.fake = FakeRuntime::new(tx);
+        make(&self.fake).await;
+        self.pods.close().await;
+        let (fake, store) = (self.fake.clone(), self.store.clone());
+        self.pods = start(&self.root, store, &self.snapshots, &self.images, fake, events).await;
+    }
+
+    /// Waits until this is true of a container's state.
+    async fn state(&self, id: &str, what: &str, is: impl Fn(&ContainerState) -> bool) {
+        let reached = async {
+            while !is(self.pods.container(id).unwrap().state()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let reached = tokio::time::timeout(HANGS, reached).await;
+        assert!(reached.is_ok(), "{what}: {:?}", self.pods.container(id).unwrap().state());
+    }
+}
+
+/// A task as an earlier daemon left it.
+async fn left(fake: &FakeRuntime, pod: &str, id: &str, started: bool) {
+    let spec =
+        runtime::PodSpec { id: pod.into(), handler: String::new(), annotations: Default::default(), bundle_gid: None };
+    let io = runtime::TaskIo { log_path: None, log_limit: 0, terminal: false, stdin: None };
+    let task = runtime::TaskSpec { id: id.into(), config_json: "{}".into(), rootfs: Vec::new(), io };
+    fake.create_task(&spec, &task).await.unwrap();
+    if started {
+        fake.start_task(pod, id).await.unwrap();
     }
 }
 
@@ -195,6 +245,45 @@ async fn an_exit_that_overtakes_the_answer_to_its_start_is_kept() {
         kinds.push(event.kind);
     }
     assert_eq!(kinds.iter().filter(|k| **k == EventKind::Stopped).count(), 1, "{kinds:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_could_not_be_examined_at_the_start_is_brought_in_line_later() {
+    let mut rig = rig().await;
+    let pod = rig.pod("p").await;
+    let (ended, runs) = (rig.running(&pod, "ended").await, rig.running(&pod, "runs").await);
+    // The daemon died before it could say that the second one runs.
+    let (idle, came_up, half) =
+        (rig.created(&pod, "idle").await, rig.created(&pod, "up").await, rig.created(&pod, "half").await);
+    rig.again(async |fake| {
+        for (id, started) in [(&ended, true), (&runs, true), (&came_up, true), (&half, false)] {
+            left(fake, &pod, id, started).await;
+        }
+        fake.next(Call::Recover, Script::Fail(ErrorKind::DeadlineExceeded, "the shim hangs".into()));
+        fake.next(Call::TaskState, Script::Fail(ErrorKind::DeadlineExceeded, "it still hangs".into()));
+        fake.exit(&pod, &ended, ExitStatus::Code(7));
+    })
+    .await;
+    rig.state(
+        &ended,
+        "its own code",
+        |s| matches!(s, ContainerState::Exited { certificate, .. } if certificate.status == ExitStatus::Code(7)),
+    )
+    .await;
+    rig.state(&came_up, "it runs", |s| matches!(s, ContainerState::Running { .. })).await;
+    rig.state(&runs, "it runs on", |s| matches!(s, ContainerState::Running { .. })).await;
+    soon(async {
+        while rig.fake.tasks(&pod).iter().any(|(id, _)| *id == half || *id == ended) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    for id in [&idle, &half] {
+        assert!(matches!(rig.pods.container(id).unwrap().state(), ContainerState::Created));
+        rig.pods.start_container(id).await.unwrap();
+    }
+    soon(rig.pods.remove_pod(&pod)).await.unwrap();
+    assert!(rig.fake.pods().is_empty(), "shims are left");
 }
 
 #[tokio::test(flavor = "multi_thread")]

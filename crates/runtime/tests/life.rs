@@ -288,13 +288,42 @@ fn a_shim_that_hangs_harms_its_own_pod_only(kind: Kind) {
     assert_eq!(node.run(m.task_state("pod1", "c1")).unwrap(), TaskState::Running { pid });
     node.run(m.kill_task("pod1", "c1", Signal::KILL, false, "a test")).unwrap();
     assert_eq!(node.exit_of("c1").status, ExitStatus::Signal(9));
+    node.run(m.delete_task("pod1", "c1")).unwrap();
+    a_hung_shim_that_dies_unexamined(&mut node);
+    let m = node.m().clone();
     // One that hangs for good is stopped all the same.
     let pid = node.launch("pod1", "c3", &["/bin/sleep", "1000"]);
-    common::signal(shim.shim_pid().unwrap(), rustix::process::Signal::STOP);
+    let shim = m.shim_pid("pod1").unwrap();
+    common::signal(shim, rustix::process::Signal::STOP);
     node.run(m.stop_pod("pod1")).unwrap();
-    assert!(!alive(pid) && !alive(shim.shim_pid().unwrap()));
+    assert!(!alive(pid) && !alive(shim));
     node.run(m.stop_pod("pod2")).unwrap();
     node.assert_clean();
+}
+
+/// The ends of its containers are told all the same: one that came before is in its
+/// bundle, where our shim writes it.
+fn a_hung_shim_that_dies_unexamined(node: &mut Node) {
+    let shim = node.m().shim_pid("pod1").unwrap();
+    node.launch("pod1", "before", &["/bin/sh", "-c", "exit 7"]);
+    assert_eq!(node.exit_of("before").status, ExitStatus::Code(7));
+    let pid = node.launch("pod1", "with", &["/bin/sleep", "1000"]);
+    common::signal(shim, rustix::process::Signal::STOP);
+    node.die();
+    node.start();
+    let m = node.m().clone();
+    let asked = RecoverPod { spec: node.pod("pod1"), containers: vec!["before".into(), "with".into()] };
+    // Else it is a bundle of no known pod.
+    let other = RecoverPod { spec: node.pod("pod2"), containers: vec![] };
+    assert!(node.run(m.recover(vec![asked, other])).remove(0).is_err());
+    kill_9(shim);
+    for (id, code) in [("before", if node.kind == Kind::Ours { 7 } else { 137 }), ("with", 137)] {
+        let state = node.run(m.task_state("pod1", id)).unwrap();
+        assert!(matches!(&state, TaskState::Stopped(c) if c.status.code() == code), "{id}: {state:?}");
+        node.run(m.delete_task("pod1", id)).unwrap();
+        assert_eq!(node.run(m.task_state("pod1", id)).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+    assert!(!alive(pid));
 }
 
 fn a_log_is_reopened(kind: Kind) {

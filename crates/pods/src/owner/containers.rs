@@ -7,6 +7,7 @@ use crate::journal::Write;
 use crate::ops;
 use crate::state::{ContainerInfo, ContainerState, container_key};
 use proto::cri::{ContainerConfig, LinuxContainerResources};
+use runtime::TaskState;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{oneshot, watch};
@@ -195,6 +196,34 @@ impl Owner {
                 self.save_exit(id, info, tries);
             }
             None => {}
+        }
+    }
+
+    /// Brings a container that an earlier daemon left in line with its task.
+    pub(super) fn examined(&mut self, id: &str, was: &ContainerState, task: Option<TaskState>) {
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        // What this daemon has done meanwhile counts, and not what was found before it.
+        if slot.info.state() != was || slot.start.is_some() || slot.deleting_task || slot.removing {
+            return;
+        }
+        let (next, delete) = crate::recovery::reconcile(was, task);
+        match next {
+            None if delete => self.delete_old_task(id),
+            None => {}
+            Some(state @ ContainerState::Exited { .. }) => {
+                slot.deleting_task = true;
+                let next = slot.info.in_state(state);
+                self.save_exit(id, next, 0);
+                self.announce(id, EventKind::Stopped);
+            }
+            Some(state) => {
+                let (next, removed) = (slot.info.in_state(state), slot.remove.is_some());
+                self.set_container(id, next, super::pod::log_failure);
+                self.announce(id, EventKind::Started);
+                if removed || self.stop.is_some() {
+                    self.stop_container(id, Duration::ZERO, "StopPodSandbox", None);
+                }
+            }
         }
     }
 

@@ -19,7 +19,7 @@ use crate::journal::Write;
 use crate::ops;
 use crate::registry::{Making, PodHandle};
 use crate::shared::Shared;
-use crate::state::{ContainerInfo, PodInfo, PodView};
+use crate::state::{ContainerInfo, ContainerState, PodInfo, PodView};
 use proto::cri::{ContainerConfig, LinuxContainerResources};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -91,6 +91,15 @@ pub enum Msg {
         id: String,
         /// How.
         certificate: Certificate,
+    },
+    /// What was found of a container that could not be examined at the daemon's start.
+    Examined {
+        /// Its whole id.
+        id: String,
+        /// Its state when its task was asked for.
+        was: ContainerState,
+        /// Its task, where there is one.
+        task: Option<runtime::TaskState>,
     },
     /// The pod's shim is gone.
     ShimGone,
@@ -167,7 +176,7 @@ struct Slot {
 
 impl Slot {
     fn new(info: Arc<ContainerInfo>) -> Self {
-        let ended = matches!(info.state(), crate::state::ContainerState::Exited { .. });
+        let ended = matches!(info.state(), ContainerState::Exited { .. });
         Self {
             info,
             start: None,
@@ -183,7 +192,7 @@ impl Slot {
     }
 
     fn is_running(&self) -> bool {
-        matches!(self.info.state(), crate::state::ContainerState::Running { .. })
+        matches!(self.info.state(), ContainerState::Running { .. })
     }
 
     /// Nothing runs in it and nothing is being done to it.
@@ -288,6 +297,7 @@ impl Owner {
             Msg::StopPod { reply } => self.stop_pod(reply),
             Msg::RemovePod { reply } => self.remove_pod(reply),
             Msg::Exited { id, certificate } => self.exited(&id, certificate),
+            Msg::Examined { id, was, task } => self.examined(&id, &was, task),
             Msg::ShimGone => self.shim_gone(),
             Msg::ShimStarted(process) => self.shim_started(process),
             Msg::Done(done) => self.done(done),

@@ -205,7 +205,7 @@ impl Owner {
     }
 }
 
-fn log_failure(saved: Result<()>) {
+pub(super) fn log_failure(saved: Result<()>) {
     if let Err(e) = saved {
         tracing::warn!("a pod's change is not in the database yet: {e}");
     }

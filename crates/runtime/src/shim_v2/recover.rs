@@ -196,7 +196,7 @@ impl Inner {
 
     /// A container whose shim is dead, or that died with an earlier one. `None`
     /// where it was never made.
-    async fn recover_dead(self: &Arc<Self>, pod: &Arc<Pod>, id: &str, wanted: bool) -> Option<TaskState> {
+    pub(super) async fn recover_dead(self: &Arc<Self>, pod: &Arc<Pod>, id: &str, wanted: bool) -> Option<TaskState> {
         let dir = self.layout.task(&pod.id, id);
         if !dir.exists() {
             return None;

@@ -451,8 +451,33 @@ impl Inner {
         if let Some(exit) = self.find(pod).and_then(|p| p.task(id)).and_then(|t| t.exit().cloned()) {
             return Ok(TaskState::Stopped(exit));
         }
-        let (pod, shim) = self.reach(pod).await?;
-        self.ask_state(&pod, &shim, id).await
+        let asked = match self.reach(pod).await {
+            Ok((entry, shim)) => self.ask_state(&entry, &shim, id).await,
+            Err(e) if e.is_not_found() => match self.end_without_shim(pod, id).await {
+                Some(end) => Ok(end),
+                None => Err(e),
+            },
+            Err(e) => Err(e),
+        };
+        match asked {
+            Err(e) if e.is_not_found() => {
+                // It ended with an earlier shim, and only its bundle tells how.
+                let dir = self.layout.task(pod, id);
+                let told = blocking(move || Ok(bundle::certificate(&dir))).await?;
+                told.map(TaskState::Stopped).ok_or(e)
+            }
+            asked => asked,
+        }
+    }
+
+    /// How a task ended that an earlier daemon made, whose shim has died since, and that
+    /// no recovery has found.
+    async fn end_without_shim(self: &Arc<Self>, pod: &str, id: &str) -> Option<TaskState> {
+        let entry = self.find(pod)?;
+        if entry.task(id).is_some() {
+            return None;
+        }
+        self.recover_dead(&entry, id, true).await
     }
 
     pub(super) async fn ask_state(&self, pod: &Pod, shim: &Shim, id: &str) -> Result<TaskState> {
