@@ -4,6 +4,7 @@
 
 mod common;
 
+use common::proxy::Proxy;
 use common::{Kind, Node, alive, eventually, kill_9};
 use longshore_runtime::{PodProcess, RecoverPod, Runtime, RuntimeEvent, TaskState};
 use std::time::{Duration, Instant};
@@ -157,6 +158,42 @@ fn what_can_not_be_ended_after_its_shim_is_not_forgotten() {
     std::fs::rename(&aside, &binary).unwrap();
     node.run(m.delete_task("pod1", "c")).unwrap();
     assert!(!alive(pid));
+    node.run(m.stop_pod("pod1")).unwrap();
+    node.assert_clean();
+}
+
+/// Its containers go on, and their ends are heard of.
+#[test]
+fn a_broken_connection_is_not_the_death_of_the_shim() {
+    let mut node = Node::new(Kind::Ours);
+    let (proxy, config) = Proxy::before(&node);
+    node.restart_with(config);
+    let m = node.m().clone();
+    let shim = node.run(m.start_pod(&node.pod("pod1"))).unwrap().shim_pid().unwrap();
+    let pid = node.launch("pod1", "c", &["/bin/sleep", "1000"]);
+    let (mm, exec) = (m.clone(), node.exec(&["/bin/sleep", "777"]));
+    let exec = node.spawn(async move { mm.exec_sync("pod1", "c", exec).await });
+    eventually("the exec runs", || node.run(m.pids("pod1", "c")).is_ok_and(|pids| pids.len() == 2));
+    proxy.cut();
+    assert_eq!(node.run(m.task_state("pod1", "c")).unwrap(), TaskState::Running { pid }, "it lives");
+    let e = node.run(exec).unwrap().unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Unavailable, "{e}");
+    assert_eq!(node.run(m.pids("pod1", "c")).unwrap(), [pid], "its exec is ended by a new connection");
+    let execs = node.bundle("pod1").join("tasks/c/execs");
+    assert!(std::fs::read_dir(&execs).unwrap().next().is_none());
+    // One that can't be reached for a while is not killed, nor are its containers ended.
+    let aside = node.root.join("aside");
+    std::fs::rename(proxy.socket(), &aside).unwrap();
+    proxy.cut();
+    let e = node.run(m.task_state("pod1", "c")).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Unavailable, "{e}");
+    std::thread::sleep(Duration::from_secs(2));
+    std::fs::rename(&aside, proxy.socket()).unwrap();
+    assert!(alive(shim) && alive(pid));
+    eventually("it is reached again", || node.run(m.task_state("pod1", "c")).is_ok());
+    node.no_event();
+    node.run(m.kill_task("pod1", "c", Signal::KILL, false, "a test")).unwrap();
+    assert_eq!(node.exit_of("c").status, ExitStatus::Signal(9));
     node.run(m.stop_pod("pod1")).unwrap();
     node.assert_clean();
 }

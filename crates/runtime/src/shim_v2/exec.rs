@@ -239,14 +239,7 @@ impl Exec {
                 output
             }
             Turn::Exited(Err(e)) => {
-                if matches!(e, Fault::Closed) {
-                    // With the shim it has ended; but a connection can break by itself.
-                    if self.shim.has_just_died().await || self.shim.reconnect().await.is_err() {
-                        self.stays.store(!self.shim.is_dead(), Ordering::Relaxed);
-                        return Err(e.within(&self.what("wait for"), Duration::ZERO));
-                    }
-                }
-                self.kill_and_delete().await;
+                self.give_up(&e).await;
                 Err(e.within(&self.what("wait for"), Duration::ZERO))
             }
             Turn::Late(t) => {
@@ -280,8 +273,8 @@ impl Exec {
         match call(bound, self.shim.task().exec(bound, request)).await {
             Ok(()) => Ok(()),
             Err(e) => {
-                if matches!(e, Fault::Late) {
-                    self.delete().await;
+                if matches!(e, Fault::Late | Fault::Closed) {
+                    self.give_up(&e).await;
                 }
                 Err(e.within(&self.what("make"), bound))
             }
@@ -333,8 +326,8 @@ impl Exec {
         match started {
             Ok(answer) => Ok((answer.pid, early)),
             Err(e) => {
-                if matches!(e, Fault::Late) {
-                    self.kill_and_delete().await;
+                if matches!(e, Fault::Late | Fault::Closed) {
+                    self.give_up(&e).await;
                 } else {
                     self.delete().await;
                 }
@@ -399,6 +392,23 @@ impl Exec {
                 }
             }
         }
+    }
+
+    /// Ends a command whose call has failed so. Where the connection broke, the shim may
+    /// live, and the command with it: a new one leads to them.
+    async fn give_up(&self, fault: &Fault) {
+        if matches!(fault, Fault::Closed) {
+            if !self.shim.outlives_connection().await {
+                return;
+            }
+            if let Err(e) = self.shim.reconnect().await {
+                self.stays.store(true, Ordering::Relaxed);
+                let e = e.within(self.what("end"));
+                tracing::warn!(error = %e, "an exec stays in the shim until its container ends");
+                return;
+            }
+        }
+        self.kill_and_delete().await;
     }
 
     async fn kill_and_delete(&self) {

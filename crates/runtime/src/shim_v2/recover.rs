@@ -180,12 +180,17 @@ impl Inner {
         let dir = self.layout.task(&pod.id, id);
         let bound = shim.timeouts().state;
         let request = wire::StateRequest { id: id.to_string(), exec_id: String::new() };
-        let unreached = match call(bound, shim.task().state(bound, request)).await {
-            Err(e) => matches!(e, Fault::Closed | Fault::Late),
-            Ok(_) => false,
+        let dead = match call(bound, shim.task().state(bound, request)).await {
+            Err(e @ (Fault::Closed | Fault::Late)) => {
+                if shim.outlives_connection().await {
+                    return Err(e.within(&format!("ask for container {id}"), bound));
+                }
+                true
+            }
+            _ => false,
         };
         // It was deleted, or died with an earlier shim, and only its bundle still tells how.
-        if unreached || !dir.exists() || bundle::certificate(&dir).is_some() {
+        if dead || !dir.exists() || bundle::certificate(&dir).is_some() {
             return Ok(self.recover_dead(pod, id, true).await);
         }
         // It was never made; or only now, for the shim had yet to read the Create of a

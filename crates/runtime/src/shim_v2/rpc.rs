@@ -3,6 +3,9 @@
 use std::time::{Duration, Instant};
 use types::{Error, ErrorKind};
 
+/// How the client says that it has stopped writing: its connection broke before this call.
+const NO_WRITER: &str = "reserve channel capacity failed";
+
 /// What a call to a shim can meet.
 #[derive(Debug)]
 pub(crate) enum Fault {
@@ -24,7 +27,7 @@ impl Fault {
             Self::Late => Error::deadline(format!("{call}: the shim did not answer within {bound:?}"))
                 .hint("is it stopped, or is the OCI runtime stuck? the daemon's log has the shim's own lines"),
             Self::Closed => Error::unavailable(format!("{call}: the connection to the shim is closed"))
-                .hint("the shim has died; its containers have ended with it"),
+                .hint("as a rule the shim has died, and its containers with it: the daemon's log tells"),
             Self::Wire(message) => Error::internal(format!("{call}: {message}")),
         }
     }
@@ -57,6 +60,7 @@ impl From<ttrpc::Error> for Fault {
             | ttrpc::Error::Eof
             | ttrpc::Error::Socket(_)
             | ttrpc::Error::Nix(_) => Self::Closed,
+            ttrpc::Error::Others(text) if text.starts_with(NO_WRITER) => Self::Closed,
             ttrpc::Error::Others(text) => Self::Wire(text),
         }
     }
@@ -94,6 +98,19 @@ mod tests {
         assert!(matches!(call(bound, late).await, Err(Fault::Late)));
         let early = async { Err::<(), _>(ttrpc::Error::Others("too long".into())) };
         assert!(matches!(call(Duration::from_secs(9), early).await, Err(Fault::Wire(_))));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_broke_before_the_call_is_closed_too() {
+        let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+        let client = ttrpc::r#async::Client::new(ours.into());
+        drop(theirs);
+        for _ in 0..20 {
+            let request = ttrpc::Request { service: "s".into(), method: "m".into(), ..Default::default() };
+            let fault = call(Duration::ZERO, client.request(request)).await.unwrap_err();
+            assert!(matches!(fault, Fault::Closed), "{fault:?}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     #[test]

@@ -16,8 +16,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use types::{Error, Result, ResultExt};
 
-/// How long after its connection a dying process may end.
-const DIES: Duration = Duration::from_millis(250);
+/// How long a process may still be ending once its connection is closed.
+const DYING: Duration = Duration::from_millis(500);
 
 /// A connected shim.
 pub(crate) struct Shim {
@@ -110,6 +110,12 @@ impl Shim {
         Ok(())
     }
 
+    /// Whether the process lives though its connection broke: one that dies closes it a
+    /// moment before its end.
+    pub(crate) async fn outlives_connection(&self) -> bool {
+        tokio::time::timeout(DYING, self.exited()).await.is_err()
+    }
+
     /// Ends when the process has ended; any number may wait.
     pub(crate) async fn exited(&self) {
         // A pidfd stays readable for ever, so the readiness is never cleared.
@@ -124,12 +130,6 @@ impl Shim {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let mut fds = [PollFd::new(self.process.get_ref(), PollFlags::IN)];
         matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1..))
-    }
-
-    /// Whether its process has ended, too, now that its connection broke: the kernel closes
-    /// a dying process's sockets before the process counts as dead.
-    pub(crate) async fn has_just_died(&self) -> bool {
-        tokio::time::timeout(DIES, self.exited()).await.is_ok()
     }
 
     /// SIGKILL to the very process that the pidfd means.

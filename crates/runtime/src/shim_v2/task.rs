@@ -21,10 +21,9 @@ pub(crate) const PROCESS_URL: &str = "types.containerd.io/opencontainers/runtime
 const RESOURCES_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 /// Between two attempts to wait where the shim answers with an odd error.
 const WAIT_AGAIN: Duration = Duration::from_secs(1);
+/// After so many attempts in turn a shim that lives, and where nobody listens, is killed.
+const DEAF_AFTER: u32 = 10;
 
-/// How often in a row nobody may listen at the socket of a shim that lives before it is
-/// killed.
-const REFUSALS: u32 = 3;
 /// How long the log of an ended container may still be on its way.
 const LOG_END: Duration = Duration::from_secs(2);
 
@@ -163,7 +162,7 @@ impl Inner {
         task.watched.store(true, Ordering::SeqCst);
         let (inner, pod, shim, task) = (self.clone(), pod.clone(), shim.clone(), task.clone());
         tokio::spawn(async move {
-            let mut refused = 0;
+            let mut unreached = 0;
             loop {
                 let request = wire::WaitRequest { id: task.id.clone(), exec_id: String::new() };
                 match call(Duration::ZERO, shim.task().wait(Duration::ZERO, request)).await {
@@ -193,19 +192,18 @@ impl Inner {
                             return;
                         }
                         match shim.reconnect().await {
-                            Ok(()) => refused = 0,
+                            Ok(()) => unreached = 0,
                             Err(_) if shim.is_dead() => return,
-                            // Nobody listens any more. Anything else, such as want of
-                            // descriptors, passes.
-                            Err(e) if e.kind() == ErrorKind::Unavailable && refused >= REFUSALS => {
-                                tracing::warn!(pod = pod.id, pid = shim.pid, error = %e, "the shim is killed: it lives, but can't be reached");
-                                shim.kill();
-                                return;
+                            // Nobody listens; any other error is no word of the shim's.
+                            Err(e) if e.kind() == ErrorKind::Unavailable => {
+                                unreached += 1;
+                                if unreached == DEAF_AFTER {
+                                    tracing::warn!(pod = pod.id, pid = shim.pid, error = %e, "the shim is killed: it lives, but can't be reached");
+                                    shim.kill();
+                                    return;
+                                }
                             }
-                            Err(e) => {
-                                tracing::warn!(pod = pod.id, pid = shim.pid, error = %e, "the shim lives, but can't be reached");
-                                refused += u32::from(e.kind() == ErrorKind::Unavailable);
-                            }
+                            Err(e) => tracing::warn!(pod = pod.id, error = %e, "tries again"),
                         }
                         // One that hangs up at once each time must cost no core.
                         tokio::time::sleep(WAIT_AGAIN).await;
@@ -487,14 +485,15 @@ impl Inner {
         let bound = shim.timeouts().state;
         let what = || format!("ask the state of container {id}");
         let request = wire::StateRequest { id: id.to_string(), exec_id: String::new() };
-        let answer = match call(bound, shim.task().state(bound, request)).await {
-            Ok(answer) => answer,
-            // Only with the shim are its containers gone.
-            Err(Fault::Closed) if shim.has_just_died().await => {
+        let mut answer = call(bound, shim.task().state(bound, request.clone())).await;
+        if matches!(answer, Err(Fault::Closed)) {
+            if !shim.outlives_connection().await {
                 return Err(Fault::Closed.within(&what(), bound).with_kind(ErrorKind::NotFound));
             }
-            Err(e) => return Err(e.within(&what(), bound)),
-        };
+            shim.reconnect().await.map_err(|e| e.within(what()))?;
+            answer = call(bound, shim.task().state(bound, request)).await;
+        }
+        let answer = answer.map_err(|e| e.within(&what(), bound))?;
         let pid = answer.pid;
         Ok(match answer.status() {
             Status::Created => TaskState::Created,

@@ -5,6 +5,7 @@
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its part; a failure has to stop the test")]
 
 pub mod monitored;
+pub mod proxy;
 
 use longshore_runtime::shim_v2::{Handler, ShimConfig, ShimManager, TaskOptions, Timeouts};
 use longshore_runtime::{ExecSyncSpec, PodSpec, RootfsMount, Runtime, RuntimeEvent, TaskIo, TaskSpec};
