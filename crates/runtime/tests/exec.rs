@@ -113,6 +113,27 @@ fn a_caller_that_goes_takes_its_command_along(kind: Kind) {
     eventually("nothing goes on", || node.m().operations().is_empty());
 }
 
+/// Also while the OCI runtime hangs that starts the command.
+#[test]
+fn a_caller_that_goes_ends_a_start_that_hangs() {
+    let mut node = Node::new(Kind::Ours);
+    let (script, begun) = (node.root.join("runtime"), node.root.join("begun"));
+    let hang = format!("case \" $* \" in *\" exec \"*) touch {}; exec sleep 1000 ;; esac", begun.display());
+    testkit::script(&script, format!("#!/bin/sh\n{hang}\nexec /usr/sbin/runc \"$@\"\n"));
+    let mut config = node.config();
+    config.handlers[0].runtime_binary = script;
+    node.restart_with(config);
+    node.launch("pod1", "c1", &["/bin/sleep", "1000"]);
+    let (m, spec) = (node.m().clone(), node.exec(&["/bin/true"]));
+    let call = node.spawn(async move { m.exec_sync("pod1", "c1", spec).await });
+    eventually("the runtime is asked", || begun.exists());
+    call.abort();
+    let gone = Instant::now();
+    eventually("nothing goes on", || node.m().operations().is_empty());
+    only_init_is_left(&node);
+    assert!(gone.elapsed() < node.timeouts.create / 2, "not by the start's own bound: {:?}", gone.elapsed());
+}
+
 fn many_at_once(kind: Kind) {
     let mut node = Node::new(kind);
     // They queue, and the last one's turn may come late.

@@ -3,8 +3,9 @@
 //! ```text
 //!  its turn ─► FIFOs ─► Exec ─► Wait (registered) ─► Start ─► exited ─► drained ─► Delete ─► answer
 //!                                                     │         │         └ late: name who holds it, Delete
-//!                                                     │         └ timeout, or the caller has gone:
-//!                                                     └ failed: Delete      SIGKILL, wait, Delete
+//!                                                     │         └ timeout: SIGKILL, wait, Delete
+//!                                                     └ failed: Delete
+//!  the caller has gone, at any of them: SIGKILL, wait, Delete
 //! ```
 //!
 //! It runs in a task of the manager's, so it always comes to its Delete. The
@@ -30,6 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use stdio::Capped;
+use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{SemaphorePermit, oneshot};
 use tokio::time::Instant;
 use types::{Error, ErrorKind, ExitStatus, Result, ResultExt, Signal};
@@ -40,6 +42,9 @@ const ID_LENGTH: usize = 16;
 const LEAST: Duration = Duration::from_millis(1);
 /// How long an error may be held up by the search for who holds the output.
 const LOOK_FOR_HOLDERS: Duration = Duration::from_secs(3);
+
+/// Between two attempts to end a start.
+const KILL_AGAIN: Duration = Duration::from_millis(500);
 
 /// One command, from its FIFOs to its Delete.
 struct Exec {
@@ -194,6 +199,10 @@ impl Exec {
         mut caller: oneshot::Receiver<()>,
     ) -> Result<ExecOutput> {
         self.make(spec.process_json).await?;
+        if !matches!(caller.try_recv(), Err(TryRecvError::Empty)) {
+            self.delete().await;
+            return Err(self.caller_gone());
+        }
         let mut wait = pin!(async {
             let request = wire::WaitRequest { id: self.container.clone(), exec_id: self.id.clone() };
             call(Duration::ZERO, self.shim.task().wait(Duration::ZERO, request)).await
@@ -315,23 +324,45 @@ impl Exec {
                 biased;
                 // Polled first: it goes out first.
                 ended = wait.as_mut(), if early.is_none() => early = Some(ended),
-                started = &mut start => break started,
-                // Our shim ends a start that is under way; Go's kills nobody before it is over.
-                _ = &mut *caller, if self.shim.own() => {
-                    self.kill_and_delete().await;
-                    return Err(self.caller_gone());
-                }
+                started = &mut start => break Some(started),
+                _ = &mut *caller => break None,
             }
         };
+        let gone = started.is_none();
+        let started = match started {
+            Some(started) => started,
+            None => self.break_off(&mut start).await,
+        };
         match started {
-            Ok(answer) => Ok((answer.pid, early)),
+            Ok(answer) if !gone => return Ok((answer.pid, early)),
+            Ok(_) => self.kill_and_delete().await,
             Err(e) => {
                 if matches!(e, Fault::Late | Fault::Closed) {
                     self.give_up(&e).await;
                 } else {
                     self.delete().await;
                 }
-                Err(e.within(&self.what("start"), left))
+                if !gone {
+                    return Err(e.within(&self.what("start"), left));
+                }
+            }
+        }
+        Err(self.caller_gone())
+    }
+
+    /// Ends a start that nobody waits for any more: our shim breaks it off at a SIGKILL,
+    /// which has nothing to end where it comes before the start.
+    async fn break_off<T>(&self, start: &mut Pin<&mut impl Future<Output = T>>) -> T {
+        let bound = self.shim.timeouts().cleanup;
+        loop {
+            let again = async {
+                let _ = kill(&self.shim, &self.container, &self.id, Signal::KILL, false, bound).await;
+                tokio::time::sleep(KILL_AGAIN).await;
+            };
+            tokio::select! {
+                biased;
+                started = start.as_mut() => return started,
+                () = again => {}
             }
         }
     }
