@@ -180,6 +180,33 @@ fn an_exit_that_the_monitor_misses_is_told() {
     assert!(!alive(monitor), "delete ends a monitor that hangs");
 }
 
+/// A monitor gives the runtime minutes to start an exec; a hang is ended by whom it serves.
+#[test]
+fn an_exec_whose_runtime_hangs_ends_with_its_caller() {
+    let mut node = Monitored::stopped();
+    let sign = node.root.join("executing");
+    let script = format!("[[ $verb == exec ]] && touch {} && sleep 1000", sign.display());
+    node.handler.runtime_binary = runtime(&node, &script);
+    node.start();
+    node.launch("p", "c", &["sleep", "1000"]);
+    let before = node.processes();
+    node.run(async {
+        let exec = node.m().exec_sync("p", "c", node.exec(&["true"]));
+        let hangs = async {
+            while !sign.exists() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            answer = exec => panic!("{answer:?}"),
+            () = hangs => {}
+        }
+    });
+    eventually("monitor and runtime call are gone", || node.processes().iter().all(|pid| before.contains(pid)));
+    eventually("nothing goes on", || node.m().operations().is_empty());
+    node.end("p");
+}
+
 #[test]
 fn on_a_full_disk_no_container_runs_for_ever() {
     let mut node = Monitored::stopped();
